@@ -37,11 +37,6 @@ def has_colours() -> bool:
     return Console(file=results_stream()).is_terminal
 
 
-def table(kind: str, header: Sequence[str], rows: Iterable[Sequence[str]], words: Iterable[str] = ()) -> str:
-    """Return a table as `markdown` for the kind "md", and `aligned` for any other."""
-    return markdown(header, rows) if kind == "md" else aligned(header, rows, words)
-
-
 def aligned(
     header: Sequence[str],
     rows: Iterable[Sequence[str]],

@@ -52,10 +52,8 @@ def test_peers_take_turns_with_ours_and_are_in_its_result(tmp_path: Path) -> Non
         assert case.latency_ms
         assert sorted(case.interleaved_with) == sorted({*names} - {case.implementation})
         assert all("MemoryRead" not in agreed.implementation for agreed in case.agreement)
-    assert {case.ops["o_proj"] for case in run.cases if "Hand" in case.implementation} <= {
-        "linear",
-        "onednn_prepacked",
-    }
+    hand = {case.ops["o_proj"] for case in run.cases if "Hand" in case.implementation}
+    assert hand <= {"linear", "onednn_prepacked"}
 
 
 @pytest.mark.parametrize("peer", ["SGLang", "Composite"])
@@ -88,20 +86,11 @@ def case(name: str, ms: float | None, status: str = "ok", reason: str = "") -> r
         query_lens=[1, 1],
         history=[1, 1],
         steps_per_pass=1,
-        passes=1,
-        warmups=0,
-        interleaved_with=[],
         check=results.Check(status=status, reason=reason),  # type: ignore[arg-type]
         latency_ms=latency or None,
-        tokens_per_s=None,
-        plan_ms=None,
-        switch_steps=[],
         cost=results.Cost(flops=10**6, bytes=10**6),
         roofline=results.Roofline(floor_ms=1.0, fraction=0.5, bound="memory"),
         memory=results.Memory(weight_bytes=0, cache_bytes=0, peak_bytes=None),
-        ops={},
-        clock="host",
-        interrupted=False,
         repro="",
     )
 

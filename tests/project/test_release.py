@@ -13,18 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FORGE = "https://forge.example/owner/mla"
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)  # which holds no links
-UNNEEDED = (
-    ".git",
-    "__pycache__",
-    ".*_cache",
-    ".hypothesis",
-    "build",
-    "dist",
-    "site",
-    "tests",
-    "*.json",
-    ".venv",
-)
+UNNEEDED = [".git", ".venv", ".hypothesis", ".*_cache", "__pycache__"]
+UNNEEDED += ["build", "dist", "site", "tests", "*.json"]
 
 Script = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -16,7 +16,7 @@ from mla.bench.results.file import printable
 from mla.bench.run.watchdog import Budget
 from mla.bench.terminal import run_table
 from mla.bench.terminal.lines import OTHERS, folded_warnings, quality_warnings
-from mla.bench.terminal.tables import compare_runs
+from mla.bench.terminal.tables import compared
 from mla.bench.workload.implementations import parse_one
 from mla.command import files, last_words
 from mla.command.console import note, out, verbose
@@ -227,9 +227,9 @@ def _compare(options: RunOptions, baseline: results.Run | None, run: results.Run
     """Compare with the baseline: below the table, or on stderr where stdout is for machines."""
     if baseline is None or not run.cases:
         return None
-    text, cases = compare_runs(baseline, run, f"this run against {options.baseline}", options.kind)
+    table, cases = compared(baseline, run, f"this run against {options.baseline}")
     apart = options.kind not in ("table", "md") or files.is_stdout(options.target)
-    (note if apart else out)(f"\n{text}")
+    (note if apart else out)(f"\n{table.text(options.kind)}")
     return cases
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 import click
 
 from mla.bench import results
-from mla.bench.report import require
 from mla.bench.results import infinimetrics
 from mla.bench.results.compare import REFUSED, Comparison
 from mla.bench.results.file import decode_any
 from mla.bench.results.rows import as_csv, timing_rows
 from mla.bench.results.schema import Run
 from mla.bench.terminal import ceilings, run_table
-from mla.bench.terminal.tables import compare_runs
+from mla.bench.terminal.tables import compared
 from mla.bench.workload.scenario import repeated
 from mla.command import files
 from mla.command.console import note, out
@@ -64,9 +63,9 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to compare\n"
             continue
-        printed, compared = compare_runs(first, run, f"{path} against {base}", kind, noise)
-        text += printed
-        cases += compared
+        table, held = compared(first, run, f"{path} against {base}", noise)
+        text += table.text(kind)
+        cases += held
     out(text)
     return Exit.OK if all(run == first for run in others) else verdict(cases, fail_slower)
 
@@ -227,9 +226,13 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     """
     if target is None and folder is None:
         raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
-    require()
-    from mla.bench.report import page  # for which no other command is to wait
-
+    try:
+        from mla.bench.report import page  # for which no other command is to wait
+    except ImportError as error:
+        raise UsageError(
+            f"a report needs matplotlib and jinja2, and one cannot be imported ({error}): "
+            "`pip install matplotlib jinja2`, or in a checkout `pip install '.[report]' ./backends`."
+        ) from error
     if target is not None:
         files.check_not_input(target, runs)
         files.check_writable(target, page.PAGE)

@@ -74,13 +74,9 @@ def titles(workloads: Iterable[Workload]) -> dict[Workload, str]:
 class Curve(NamedTuple):
     """Cases that differ only along an axis, by place. `others` are the grid's other values, as "batch 8"."""
 
+    entry: Entry  # any: all are of one file and implementation
     others: str
     points: list[tuple[float, Entry]]
-
-    @property
-    def entry(self) -> Entry:
-        """Any case of the curve: all are of one file and implementation."""
-        return self.points[0][1]
 
     @property
     def name(self) -> str:
@@ -95,7 +91,9 @@ def curves(cases: Iterable[Entry], axis: str) -> dict[Workload, list[Curve]]:
         placed = [(x, entry) for entry in members if (x := _position(entry.case, axis)) is not None]
         if len({x for x, entry in placed if entry.case.latency_ms}) > 1:
             groups = grouped(placed, lambda point: (point[1].name, _others(point[1].case, axis)))
-            lines = [Curve(rest, sorted(same, key=itemgetter(0))) for (_, rest), same in groups.items()]
+            lines = [
+                Curve(same[0][1], rest, sorted(same, key=itemgetter(0))) for (_, rest), same in groups.items()
+            ]
             timed = [line for line in lines if any(entry.case.latency_ms for _, entry in line.points)]
             by_workload[which] = timed
     return by_workload

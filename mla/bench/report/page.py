@@ -35,8 +35,8 @@ class Section(NamedTuple):
     """Charts and tables; the template knows the section's title by its slug."""
 
     slug: str
-    charts: Sequence[Chart]
-    tables: Sequence[Table]
+    charts: Sequence[Chart] = ()
+    tables: Sequence[Table] = ()
 
 
 def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
@@ -49,7 +49,7 @@ def render(paths: Sequence[str], runs: Sequence[Run]) -> str:
     modules = (cases, lines, run_table, summary, figures)
     environment.globals |= {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.globals |= {"images": _images, "prediction": prediction, "join": shlex.join, "size": size}
-    drawn, version = list(sections(shown)), mla.__version__
+    drawn, version = sections(shown), mla.__version__
     return environment.get_template("template.html.j2").render(files=shown, sections=drawn, version=version)
 
 
@@ -61,24 +61,26 @@ def _images(chart: Chart) -> Iterator[tuple[str, str]]:
             yield f"{width} {mode}", f"data:image/svg+xml;base64,{encoded.decode()}"
 
 
-def sections(shown: Sequence[ResultFile]) -> Iterator[Section]:
-    """Yield the sections that have something to show, in the order of the page."""
+def sections(shown: Sequence[ResultFile]) -> list[Section]:
+    """Return the sections that have something to show, in the order of the page."""
     charts = Charts(shown)
-    drawn = {"grid": charts.grid(), "scenarios": charts.scenarios(), "roofline": charts.roofline()}
-    listed = {
-        **{
-            of.__name__: [
-                table._replace(title=f"{file.key} {table.title}".strip())
-                for file in shown
-                for table in of(file.run.cases)
-            ]
-            for of in (tables.ranks, tables.stages)
-        },
-        "numbers": [summary.every_number(file) for file in shown],
-    }
-    every = [Section(slug, list(made), []) for slug, made in drawn.items()]
-    every += [Section(slug, [], [table for table in made if table.rows]) for slug, made in listed.items()]
-    yield from (section for section in every if section.charts or section.tables)
+    ranks, stages = (
+        [
+            table._replace(title=f"{file.key} {table.title}".strip())
+            for file in shown
+            for table in of(file.run.cases)
+        ]
+        for of in (tables.ranks, tables.stages)
+    )
+    every = [
+        Section("grid", list(charts.grid())),
+        Section("scenarios", list(charts.scenarios())),
+        Section("roofline", list(charts.roofline())),
+        Section("ranks", tables=ranks),
+        Section("stages", tables=stages),
+        Section("numbers", tables=[summary.every_number(file) for file in shown if file.run.cases]),
+    ]
+    return [section for section in every if section.charts or section.tables]
 
 
 def pictures(paths: Sequence[str], runs: Sequence[Run]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +10,13 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from mla.bench.results import compare
-from mla.bench.results.compare import compare_implementations
-from mla.bench.results.rows import COLUMNS, case_rows, cell, timing_rows
+from mla.bench.results.rows import COLUMNS, cell, timing_rows
 from mla.bench.results.schema import Case, Run
-from mla.bench.terminal import ceilings, run_table, verdict
-from mla.bench.terminal.digits import between, known, number
+from mla.bench.terminal import ceilings, run_table, tables, verdict
+from mla.bench.terminal.digits import between, number
 from mla.bench.terminal.lines import BUSY, of_case
-from mla.bench.terminal.tables import NAMES, Table, comparison
-from mla.bench.terminal.verdict import is_yardstick, status, why_unreliable
+from mla.bench.terminal.tables import NAMES, Table
+from mla.bench.terminal.verdict import is_yardstick, mark, why_unreliable
 from mla.text import counted, grouped
 from mla_backends.outside import escaped
 
@@ -66,8 +63,8 @@ def result_files(paths: Sequence[str], runs: Sequence[Run]) -> list[ResultFile]:
     for at, (path, run) in enumerate(zip(paths, runs, strict=True)):
         key = f"{ascii_uppercase[at % 26]}{at // 26 or ''}" * (len(runs) > 1)
         config = str(run.config.get("name") or "").removesuffix("/config.json")  # as that of any model
-        parts, names = re.split(r"[/\\]+", path), re.split(r"[/\\]+", config)
-        files.append(ResultFile(key, escaped("/".join(parts[-2:])), run, names[-1].removesuffix(".json")))
+        name = escaped("/".join(path.split("/")[-2:]))
+        files.append(ResultFile(key, name, run, config.rpartition("/")[2].removesuffix(".json")))
     return files
 
 
@@ -93,7 +90,7 @@ class Tile(NamedTuple):
 
 def badges(cases: Sequence[Case]) -> list[Badge]:
     """Return what is wrong, the worst first, and what is unsteady; "ok" only if nothing is wrong."""
-    kinds = Counter(map(css_class, cases))
+    kinds = Counter(map(mark, cases))
     yardsticks, judged = kinds["yardstick"], len(cases) - kinds["yardstick"]
     kinds["interrupted"] = sum(case.interrupted for case in cases if not is_yardstick(case))
     of = f"of {counted(judged, 'case')}"
@@ -121,14 +118,13 @@ def tiles(file: ResultFile) -> list[Tile]:
 
 def _tile(scenario: str, cases: Sequence[Case]) -> Tile:
     ranking, text = verdict.contest(cases), verdict.of_scenario(scenario, cases).text
-    worst = min((css_class(case) for case in ranking.without), key=list(_WORDS).index, default="ok")
+    worst = min((mark(case) for case in ranking.without), key=list(_WORDS).index, default="ok")
     if not ranking.leaders:
         return Tile(worst, scenario, "no number", text)
     first, limit = ranking.leaders[0], ranking.leaders[0].roofline
     value = number = run_table.headline(first).rpartition(": ")[2]
-    if len(ranking.leaders) == 1 and ranking.beaten:
-        comparison = compare_implementations(ranking.beaten[0], first)
-        value = f"{known(comparison.speedup, comparison.speedup_interval)}x"
+    if ranking.lead:
+        value, _ = verdict.times_as_fast(ranking.lead)
     unreliable, busy = why_unreliable(first), _busy(first)
     return Tile(
         "in-doubt" if limit.doubt else "unsteady" if unreliable and worst == "ok" else worst,
@@ -160,9 +156,7 @@ def said(file: ResultFile) -> list[str]:
 
 def compared(base: ResultFile, new: ResultFile) -> Table:
     """Return every case of a file compared with the base, and what else there is to say of both."""
-    table = comparison(f"{new.title} against {base.title}", compare.compare(base.run, new.run))
-    warnings = [f"Warning: {warning}." for warning in compare.warnings(base.run, new.run)]
-    return table._replace(notes=[*warnings, *table.notes])
+    return tables.compared(base.run, new.run, f"{new.title} against {base.title}")[0]
 
 
 def folded(lengths: Sequence[int]) -> str:
@@ -176,30 +170,6 @@ def folded(lengths: Sequence[int]) -> str:
 
 # Columns of the CSV file that are said once, elsewhere on the page: what ran where.
 _ELSEWHERE = {*NAMES, *list(COLUMNS)[:9]}
-
-
-def css_class(case: Case) -> str:
-    """Return what colours a case: its status, that it is in doubt, or "yardstick"."""
-    if is_yardstick(case):
-        return "yardstick"
-    if case.check.status == "ok" and case.roofline.doubt:
-        return "in-doubt"
-    return status(case).replace(" ", "-")
-
-
-def results(file: ResultFile) -> Table:
-    """Return the cases of a file with the terminal's columns, and what is wrong or in doubt."""
-    columns, remarks = run_table.columns(file.run.cases), []
-    for case in file.run.cases:
-        reason = case.check.reason if case.check.status != "ok" else ""
-        remarks.append("; ".join(filter(None, (reason, _doubt(case)))))
-    rows = [[column(row) for column in columns.values()] for row in case_rows(file.run)]
-    marks = list(map(css_class, file.run.cases))
-    return Table("Results", list(columns), rows, marks=marks, remarks=remarks)
-
-
-def _doubt(case: Case) -> str:
-    return f"suspect limit or time: {case.roofline.doubt}" if case.roofline.doubt else ""
 
 
 def every_number(file: ResultFile) -> Table:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgspec
 
 from mla.bench.results import stats
-from mla.bench.results.schema import Case, Cost, Latency, Run, Spread, Throughput, Timing
+from mla.bench.results.schema import Case, Cost, Latency, Run, Spread, Throughput
 
 # The fact of an environment that names baselines which nobody asked for: no exit code depends on them.
 ADDED = "added_baselines"
@@ -32,13 +32,13 @@ KINDS = {
 }
 
 
-def by_kind(case: Case) -> dict[str, Timing]:
-    """Return short name -> timing, for the timings that the case has."""
-    timings = {
-        (timing.mode == "graph", timing.cache == "cold", timing.clock != case.clock): timing
+def by_kind(case: Case) -> dict[str, Latency]:
+    """Return short name -> latency, for the ways in which the case was timed beside the headline."""
+    latencies = {
+        (timing.mode == "graph", timing.cache == "cold", timing.clock != case.clock): timing.latency_ms
         for timing in case.timings
     }
-    return {name: timings[kind] for name, kind in KINDS.items() if kind in timings}
+    return {name: latency for name, kind in KINDS.items() if (latency := latencies.get(kind))}
 
 
 def added_baselines(run: Run) -> set[str]:
@@ -85,21 +85,20 @@ def busiest(costs: Sequence[Cost]) -> Cost:
 
 def device_cost(case: Case) -> Cost | None:
     """Return the work of a forward on one device: the busiest rank's; None if ranks do not say."""
-    if case.spread is None:
-        return case.cost
-    costs = _costs(case.spread)
+    costs = _costs(case)
     return busiest(costs) if costs else None
 
 
 def repeated(case: Case) -> Repeated | None:
     """Return what a layout has ranks repeat; None on one device, and if ranks do not say."""
-    costs = _costs(case.spread) if case.spread else []
-    if not costs:
+    costs = _costs(case)
+    if case.spread is None or not costs:
         return None
-    return Repeated(
-        _excess(case.cost.flops, sum(cost.flops for cost in costs)),
-        _excess(case.cost.bytes, sum(cost.bytes for cost in costs)),
-    )
+    shares = []
+    for kind in Repeated._fields:
+        needed, done = getattr(case.cost, kind), sum(getattr(cost, kind) for cost in costs)
+        shares.append(max(0.0, 1 - needed / done) if done else 0.0)
+    return Repeated(*shares)
 
 
 def imbalances(spread: Spread) -> list[float]:
@@ -109,19 +108,12 @@ def imbalances(spread: Spread) -> list[float]:
     return [time / middle - 1 if middle else 0.0 for time in busy]
 
 
-def imbalance(spread: Spread) -> float:
-    """Return how much longer the busiest rank works than the median one, collectives left out."""
-    return max(imbalances(spread))
-
-
-def _costs(spread: Spread) -> list[Cost]:
-    """Return the work of every rank; none if one does not say."""
-    costs = [rank.cost for rank in spread.ranks if rank.cost is not None]
-    return costs if len(costs) == len(spread.ranks) else []
-
-
-def _excess(needed: int, done: int) -> float:
-    return max(0.0, 1 - needed / done) if done else 0.0
+def _costs(case: Case) -> list[Cost]:
+    """Return the work of every device in a forward; nothing if a rank does not say."""
+    if case.spread is None:
+        return [case.cost]
+    costs = [rank.cost for rank in case.spread.ranks if rank.cost is not None]
+    return costs if len(costs) == len(case.spread.ranks) else []
 
 
 # ---------------------------------------------------------------------------------------------------- passes
@@ -175,11 +167,6 @@ def due(case: Case, planned: int) -> int:
     return planned if case.planned is None else case.planned.due
 
 
-def planned_steps(case: Case) -> int:
-    """Return the workload's forwards of a pass, of which a slow yardstick runs fewer."""
-    return case.steps_per_pass if case.planned is None else case.planned.steps
-
-
 def as_planned(case: Case) -> bool:
     """Return whether a case has no number, or as many passes as the workload asks for, of as many steps."""
     if case.latency_ms is None or case.planned is None:
@@ -187,27 +174,20 @@ def as_planned(case: Case) -> bool:
     return (case.passes, case.steps_per_pass) == (case.planned.passes, case.planned.steps)
 
 
-def same_steps(case: Case, other: Case) -> tuple[Case, Case]:
-    """Return two cases of one scenario, of which one ran fewer steps, with the numbers of `shared_steps`.
+def same_steps(case: Case, other: Case) -> tuple[Case, Case, range | None]:
+    """Return two cases of one scenario with the numbers of the steps they share, and these; None for all.
 
-    The cache grows in a decode pass, so its first steps, all that a slow yardstick runs, are the fastest.
+    The cache grows in a decode pass, so its first steps, all that a slow yardstick runs, are the fastest. The
+    very first follows another implementation, whose weights are in the caches: in short passes that would
+    weigh more against the faster one, so it is left out if that leaves two.
     """
     both = case.mode == other.mode == "decode" and case.latency_ms and other.latency_ms
     if not both or case.steps_per_pass == other.steps_per_pass:
-        return case, other
-    steps = shared_steps(case, other)
+        return case, other, None
+    last = min(case.steps_per_pass, other.steps_per_pass)
+    steps = range(int(last >= MIN_SHARED_STEPS), last)
     mine, theirs = _only(case, steps), _only(other, steps)
-    return (mine, theirs) if mine is not None and theirs is not None else (case, other)
-
-
-def shared_steps(case: Case, other: Case) -> range:
-    """Return the steps that two cases are compared by: those of both, without the first if that leaves two.
-
-    The first step follows another implementation, whose weights are in the caches: in short passes that would
-    weigh more against the faster one.
-    """
-    steps = min(case.steps_per_pass, other.steps_per_pass)
-    return range(int(steps >= MIN_SHARED_STEPS), steps)
+    return (mine, theirs, steps) if mine is not None and theirs is not None else (case, other, None)
 
 
 def _only(case: Case, steps: range) -> Case | None:

@@ -12,20 +12,11 @@ there is SLOWER. Needs no torch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mla.bench.results.cases import (
-    added_baselines,
-    is_predicted,
-    label,
-    planned_steps,
-    same_steps,
-    shared_steps,
-    unlabelled,
-)
+from mla.bench.results.cases import added_baselines, is_predicted, label, same_steps, unlabelled
 from mla.bench.results.schema import Case, Interval, Run
 from mla.parallel.layout import Layout
 
@@ -111,8 +102,11 @@ class Comparison:
 
 def compare_cases(base: Case, new: Case, noise: float = NOISE) -> Comparison:
     """Compare two cases of the same work; REFUSED without two numbers. `noise` is what counts as the same."""
-    cut = same_steps(base, new)
-    note, (base, new) = _note(base, new, cut), cut
+    base, new, steps = same_steps(base, new)
+    note = ""
+    if steps is not None:
+        which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
+        note = f"comparing {which} of each pass, present in both"
     old, now = base.latency_ms, new.latency_ms
     if old is None or now is None or min(old.median, now.median) <= 0:
         return Comparison(base, new, reason="there are not two numbers to compare", note=note)
@@ -157,7 +151,7 @@ def compare(base: Run, new: Run, noise: float = NOISE) -> list[Comparison]:
             comparisons.append(Comparison(other, case, reason=reason))
         else:
             comparison = compare_cases(other, case, noise)
-            notes = filter(None, (comparison.note, _scaling(base, new, comparison)))
+            notes = filter(None, (_predicted(other, case), comparison.note, _scaling(base, new, comparison)))
             comparisons.append(replace(comparison, note="; ".join(notes)))
     missing = [case for which, case in known.items() if which not in met]
     comparisons += [Comparison(case, None, reason="missing from the new run") for case in missing]
@@ -219,8 +213,7 @@ def _scaling(base: Run, new: Run, comparison: Comparison) -> str:
 
 def _threads(run: Run) -> int:
     """Return the threads of each rank where the device is the host's processor, else 1."""
-    threads = run.environment.get("torch_threads", "")
-    return int(threads) if _on_host(run) and re.fullmatch("[1-9][0-9]{0,5}", threads) else 1
+    return int(run.environment.get("torch_threads", 1)) if _on_host(run) else 1
 
 
 def _on_host(run: Run) -> bool:
@@ -236,17 +229,18 @@ def _same(old: Any, new: Any) -> bool:
 
 def _case_differences(base: Case, new: Case) -> Iterator[str]:
     """Yield why two cases cannot be compared."""
-    predicted, timed = is_predicted(base), base.latency_ms and new.latency_ms
-    if predicted != is_predicted(new):
-        yield f"the {'base' if predicted else 'new'} run is predicted, and the other measured"
-    elif predicted and base.spread and new.spread and base.spread.link != new.spread.link:
+    timed, (old, now) = base.latency_ms and new.latency_ms, (base.spread, new.spread)
+    if is_predicted(base) != is_predicted(new) and (old is None or now is None or old.layout != now.layout):
+        yield f"{_predicted(base, new)}, on layouts that differ"
+    elif old and now and old.predicted and now.predicted and old.link != now.link:
         yield "both are predicted, on links that differ"
     if base.dtype != new.dtype:
         yield f"dtype differs: {base.dtype} and {new.dtype}"
     names = ["mode", "query_lens", "history", "layers", "op", *["clock"] * bool(timed)]
     names += ["heads"] * (base.heads is not None and new.heads is not None)  # version 1 did not say
     yield from (f"{name} differs" for name in names if getattr(base, name) != getattr(new, name))
-    if new.mode == "decode" and planned_steps(base) != planned_steps(new):  # forwards of a prefill are alike
+    steps = {case.planned.steps if case.planned else case.steps_per_pass for case in (base, new)}
+    if new.mode == "decode" and len(steps) > 1:  # forwards of a prefill are alike
         yield "steps_per_pass differs"
     for which, case in (("base", base), ("new", new)):
         if case.latency_ms is None:
@@ -254,14 +248,12 @@ def _case_differences(base: Case, new: Case) -> Iterator[str]:
             yield f"the {which} run has no number, check: {case.check.status}{because}"
 
 
-def _note(base: Case, new: Case, cut: tuple[Case, Case]) -> str:
-    """Return which steps of two cases are compared, unless all are, and that both are predicted."""
-    notes = ["both are predicted"] * is_predicted(new)
-    if cut[0] is not base or cut[1] is not new:
-        steps = shared_steps(base, new)
-        which = f"steps {steps.start + 1} to {steps.stop}" if steps.stop > 1 else "the first steps"
-        notes.append(f"comparing {which} of each pass, present in both")
-    return "; ".join(notes)
+def _predicted(base: Case, new: Case) -> str:
+    """Return which of two cases is predicted; "" for none."""
+    if is_predicted(base) and is_predicted(new):
+        return "both are predicted"
+    which = "base" if is_predicted(base) else "new" if is_predicted(new) else ""
+    return f"the {which} run is predicted, and the other measured" if which else ""
 
 
 def _ratio_interval(upper: Interval | None, lower: Interval | None, ratio: float) -> Interval | None:

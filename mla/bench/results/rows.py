@@ -6,11 +6,10 @@ import csv
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from mla.bench.results.cases import KINDS, Repeated, by_kind, imbalance, is_predicted, repeated, unlabelled
+from mla.bench.results.cases import KINDS, Repeated, by_kind, imbalances, is_predicted, repeated, unlabelled
 from mla.bench.results.compare import Comparison, compare_implementations
 from mla.bench.results.schema import Case, Latency, Run, Spread, Throughput, Timing
 from mla.bench.results.stats import median
@@ -85,10 +84,10 @@ class Row:
         """Return needed work over the median time; extra work of an implementation does not count."""
         return amount / self.latency.median * 1e3 / unit if self.latency else None
 
-    def further(self, kind: str) -> Latency | None:
-        """Return the latency of one of `KINDS`, of the headline's row alone."""
-        timing = by_kind(self.case).get(kind) if self.headline else None
-        return timing.latency_ms if timing else None
+    @property
+    def further(self) -> dict[str, Latency]:
+        """The latencies by the names of `KINDS`, of the headline's row alone."""
+        return by_kind(self.case) if self.headline else {}
 
 
 def withheld(case: Case) -> bool:
@@ -122,14 +121,10 @@ def case_rows(run: Run) -> list[Row]:
         base, first = known[case.scenario]
         apart = {other.implementation: other.relative_difference for other in case.agreement}
         difference = apart.get(first.implementation)
-        rows.append(Row(run, case, comparison=_compared(base, case), difference=difference))
+        held = base is not None and case is not base and case.check.status == "ok" and case.cost.flops
+        comparison = compare_implementations(base, case) if base and held else None
+        rows.append(Row(run, case, comparison=comparison, difference=difference))
     return rows
-
-
-def _compared(base: Case | None, case: Case) -> Comparison | None:
-    if base is None or case is base or case.check.status != "ok" or not case.cost.flops:
-        return None
-    return compare_implementations(base, case)
 
 
 def timing_rows(files: Iterable[tuple[Path, Run]]) -> list[Row]:
@@ -140,11 +135,6 @@ def timing_rows(files: Iterable[tuple[Path, Run]]) -> list[Row]:
         for row in case_rows(run)
         for timing in (None, *row.case.timings)
     ]
-
-
-def _further_ms(row: Row, kind: str) -> Cell:
-    latency = row.further(kind)
-    return latency.median if latency else None
 
 
 # Column -> where its cell is in a row, or what makes it. Names and order are stable: new columns come last.
@@ -207,7 +197,7 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "predicted": lambda row: None if row.timing else is_predicted(row.case),
     "collective_ms": lambda row: _of_ranks(row, "collective_ms", median),
     "collective_bytes": lambda row: _of_ranks(row, "collective_bytes", max),
-    "imbalance": lambda row: imbalance(row.spread) if row.spread else None,
+    "imbalance": lambda row: max(imbalances(row.spread)) if row.spread else None,
     "rank_cache_bytes": lambda row: _of_ranks(row, "cache_bytes", max),
     "rank_weight_bytes": lambda row: _of_ranks(row, "weight_bytes", max),
     "repeated_flops": "repeated.flops",
@@ -226,7 +216,7 @@ COLUMNS: dict[str, str | Callable[[Row], Cell]] = {
     "speedup": "speedup.speedup",
     "speedup_low": "speedup.speedup_interval.0",
     "speedup_high": "speedup.speedup_interval.1",
-    **{f"{name}_ms": partial(_further_ms, kind=name) for name in KINDS},
+    **{f"{name}_ms": f"further.{name}.median" for name in KINDS},
     "cache_format": "case.point.cache_format",
     "format_error": "case.format_error",
     "topk": "case.point.topk",

@@ -8,16 +8,13 @@ section 7.1.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
+from math import lgamma
+from statistics import median as median
 
 LOG_2 = math.log(2)
 CONFIDENCE = 0.95  # at least, of an interval
 MOST_SLOPES = 100_000  # of pairs of passes; there may be 100,000 passes
-
-
-def _log_factorial(n: int) -> float:
-    return math.lgamma(n + 1)
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -29,7 +26,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     best = None
     outside = 0.0
     for k in range(n // 2):  # the interval from the (k+1)-th smallest to the (k+1)-th largest
-        outside += 2 * math.exp(_log_factorial(n) - _log_factorial(k) - _log_factorial(n - k) - n * LOG_2)
+        outside += 2 * math.exp(lgamma(n + 1) - lgamma(k + 1) - lgamma(n - k + 1) - n * LOG_2)
         if 1 - outside < CONFIDENCE:
             break
         best = (ordered[k], ordered[n - 1 - k])
@@ -43,11 +40,6 @@ def percentile(values: Sequence[float], percent: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
-
-
-def median(values: Sequence[float]) -> float:
-    """Return the median of at least one value."""
-    return statistics.median(values)
 
 
 def drift(medians: Sequence[float]) -> float | None:

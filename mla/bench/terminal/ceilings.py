@@ -88,9 +88,8 @@ def _range(ceilings: Sequence[Ceiling]) -> str:
 
 
 def _device(run: CeilingRun) -> str:
-    threads = run.environment.get("torch_threads", "?")
-    threads += " thread" if threads == "1" else " threads"
-    cache = size(run.backend.cache_bytes) if run.backend.cache_bytes else "unknown"
+    count, cache = run.environment.get("torch_threads", "?"), size(run.backend.cache_bytes, unknown="unknown")
+    threads = f"{count} thread{'s' * (count != '1')}"
     return f"{run.backend.name} on {run.backend.device}, {threads}, last-level cache {cache}"
 
 

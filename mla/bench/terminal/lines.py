@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mla.bench.results.cases import LEFT_OUT, as_planned, by_kind
 from mla.bench.results.compare import Comparison
-from mla.bench.results.schema import Case, Latency, NewLengths, Run, Timing
+from mla.bench.results.schema import Case, Latency, NewLengths, Run
 from mla.bench.terminal.digits import estimated, number
 from mla.text import counted
 
@@ -44,17 +44,14 @@ def case_lines(run: Run) -> list[str]:
 
 def _timings(case: Case) -> Iterator[str]:
     """Say what a case took in other ways than the table's columns show."""
-    timings = {kind: timing for kind, timing in by_kind(case).items() if timing.latency_ms}
-    if set(timings) <= {"cold"} or case.latency_ms is None:
+    further, warm = by_kind(case), case.latency_ms
+    if set(further) <= {"cold"} or warm is None:
         return
+    told = [f"{kind.replace('_', ' ')} {estimated(latency)} ms" for kind, latency in further.items()]
+    if "cold" in further:  # the first of `KINDS`
+        told[0] += f" ({number(further['cold'].median / warm.median)}x warm)"
     launch = {True: "; launch bound", False: "; not launch bound", None: ""}[case.launch_bound]
-    yield ", ".join(_timing(case.latency_ms, kind, timing) for kind, timing in timings.items()) + launch
-
-
-def _timing(warm: Latency, kind: str, timing: Timing) -> str:
-    assert timing.latency_ms is not None
-    ratio = f" ({number(timing.latency_ms.median / warm.median)}x warm)" if kind == "cold" else ""
-    return f"{kind.replace('_', ' ')} {estimated(timing.latency_ms)} ms{ratio}"
+    yield ", ".join(told) + launch
 
 
 def _passes(case: Case) -> Iterator[str]:
@@ -121,19 +118,19 @@ def _busy(run: Run) -> Iterator[str]:
     """Yield that the machine was busy, or that its clock or temperature changed, if anything shows it."""
     unsteady = [case for case in run.cases if any(warned.kind in BUSY for warned in of_case(case))]
     load = run.environment.get(OTHERS, "")
-    short, of_all = sum(_lacks_passes(case) for case in run.cases), f"of {len(run.cases)} cases"
-    if not unsteady and not load:
-        if short:
-            yield f"warning: {short} {of_all} got too few passes for an interval; give --passes or --runs"
-        return
-    effects = [f"{short} {of_all} got too few passes for an interval"] if short else []
+    short, of_all, effects = sum(map(_lacks_passes, run.cases)), f"of {len(run.cases)} cases", []
     if unsteady:
         drift = max(abs(case.latency_ms.drift or 0) if case.latency_ms else 0 for case in unsteady)
         extent = f" (drift up to {100 * drift:.0f} %)" if drift > DRIFTS else ""
-        effects.insert(0, f"timings of {len(unsteady)} {of_all} are unsteady{extent}")
-    cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
-    what = f"{', '.join(effects)}: {cause}" if effects else cause
-    yield f"warning: {what}; rerun when idle" + " (-v names the cases)" * bool(effects)
+        effects.append(f"timings of {len(unsteady)} {of_all} are unsteady{extent}")
+    if short:
+        effects.append(f"{short} {of_all} got too few passes for an interval")
+    if unsteady or load:
+        cause = f"other processes used {load} CPUs" if load else "another load or the device's clock changed"
+        what = f"{', '.join(effects)}: {cause}" if effects else cause
+        yield f"warning: {what}; rerun when idle" + " (-v names the cases)" * bool(effects)
+    elif effects:
+        yield f"warning: {effects[0]}; give --passes or --runs"
 
 
 def _lacks_passes(case: Case) -> bool:

@@ -13,8 +13,9 @@ from mla.bench.results.schema import Case, Latency, Run
 from mla.bench.terminal import ceilings, tables
 from mla.bench.terminal.digits import between, estimated, limit, number, per_second, percent, quoted
 from mla.bench.terminal.lines import case_lines, name
-from mla.bench.terminal.verdict import headline_number, status, times_as_fast, verdicts, why_unreliable
-from mla.command.display import aligned, has_colours, markdown, width
+from mla.bench.terminal.tables import Table
+from mla.bench.terminal.verdict import headline_number, mark, status, times_as_fast, verdicts, why_unreliable
+from mla.command.display import aligned, width
 from mla.text import size
 
 FORMATS = ("table", "md", "csv", "json")
@@ -27,7 +28,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "latency ms": lambda row: estimated(row.latency),
     "95% CI": lambda row: _interval(row.latency),
     "p10 .. p90": lambda row: _spread(row.latency),
-    "cold ms": lambda row: estimated(row.further("cold")),
+    "cold ms": lambda row: estimated(row.further.get("cold")),
     "tok/s": lambda row: estimated(row.throughput),
     "FLOP/s": lambda row: per_second(row.per_second(row.case.cost.flops, 1), ""),
     "GB/s": lambda row: number(row.per_second(row.case.cost.bytes, 1e9)),
@@ -44,8 +45,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 # What the short table holds beside its numbers, the first to go last; and which of its columns are words.
 _EXTRAS = ("interval", "interval of the speedup", "limit")
 _LEFT = ("scenario", "implementation", "latency", "speedup")
-# Colours of a row on a terminal, by the status of its check.
-_STYLES = {"wrong": "red", "doubtful": "magenta"}
 # What to do about a case without a number.
 _REMEDIES = {
     "wrong": "Save the failing call: --dump-failure DIR.",
@@ -87,15 +86,24 @@ def render(run: Run, kind: str, detail: Detail = "short", hint: str = "") -> str
 
 def _detailed(run: Run, kind: str) -> Iterator[list[str]]:
     """Yield everything that is known of a run, in blocks of lines."""
-    rows, shown = case_rows(run), columns(run.cases)
-    cells = [[cell(row) for cell in shown.values()] for row in rows]
-    yield markdown(list(shown), cells).splitlines() if kind == "md" else _coloured(rows, list(shown), cells)
+    yield results_table(run).text(kind).splitlines()
     yield _reasons(run.cases)
     yield _parts(run, kind)
     yield case_lines(run)
     yield ceilings.run_lines(run.ceilings)
     yield list(map(str, verdicts(run)))
     yield headlines(run)
+
+
+def results_table(run: Run) -> Table:
+    """Return the table of all cases; below their rows, the page says what is wrong or in doubt."""
+    shown, remarks = columns(run.cases), []
+    for case in run.cases:
+        doubt = f"suspect limit or time: {case.roofline.doubt}" if case.roofline.doubt else ""
+        reason = case.check.reason if case.check.status != "ok" else ""
+        remarks.append("; ".join(filter(None, (reason, doubt))))
+    cells = [[cell(row) for cell in shown.values()] for row in case_rows(run)]
+    return Table("", list(shown), cells, marks=list(map(mark, run.cases)), remarks=remarks)
 
 
 def _parts(run: Run, kind: str) -> list[str]:
@@ -139,13 +147,8 @@ def _face(rows: Sequence[Row]) -> list[str]:
         plain = aligned(header, cells, _LEFT)
         if max(map(len, plain.splitlines())) <= width():
             break
-    return _coloured(rows, header, cells)
-
-
-def _coloured(rows: Sequence[Row], header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
-    """Return an aligned table, in which withheld rows have a colour on a terminal."""
-    styles = [_STYLES.get(row.check.status, "") for row in rows] if has_colours() else None
-    return aligned(header, cells, _LEFT, styles=styles).splitlines()
+    marks = [mark(row.case) for row in rows]
+    return Table("", header, cells, words=_LEFT, marks=marks).text("table").splitlines()
 
 
 def _face_cells(row: Row, extras: Collection[str]) -> tuple[str, ...]:
@@ -182,8 +185,8 @@ def _speedup(row: Row, with_interval: bool) -> str:
         return ""
     if row.speedup is None:
         return "undecided"
-    text = times_as_fast(row.speedup.speedup, row.speedup.speedup_interval)
-    return text if with_interval else text.partition(" ")[0]
+    ratio, interval = times_as_fast(row.speedup)
+    return f"{ratio} {interval}".strip() if with_interval else ratio
 
 
 def _reasons(cases: Sequence[Case]) -> list[str]:

@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from mla.bench.results import compare
-from mla.bench.results.cases import imbalance, imbalances, repeated
+from mla.bench.results.cases import imbalances, repeated
 from mla.bench.results.compare import Comparison
 from mla.bench.results.schema import Case, Interval, RankFacts, Roofline, Run, Spread, Stage
 from mla.bench.results.stats import median
 from mla.bench.terminal.digits import estimated, limit, number, per_second, percent
 from mla.bench.terminal.lines import name
-from mla.command.display import table
+from mla.command.display import aligned, has_colours, markdown
 from mla.parallel.layout import IDEAL, Link
 from mla.text import grouped, size
 from mla_backends.outside import escaped
@@ -33,12 +33,14 @@ MEASURED_RANKS = (
 )
 # Most cases that a remark about many names.
 MAX_NAMED = 3
+# Colours of a row on a terminal, by its mark.
+_STYLES = {"wrong": "red", "doubtful": "magenta"}
 
 
 class Table(NamedTuple):
     """Rows of cells below a title, and notes below them; columns titled one of `words` are aligned left.
 
-    On the page, `marks` are CSS classes of rows, and `remarks` what stands below some of them, by place.
+    `marks` colour rows, by place: on the page they are CSS classes, and `remarks` stand below some rows.
     """
 
     title: str
@@ -51,8 +53,13 @@ class Table(NamedTuple):
 
     def text(self, kind: str) -> str:
         """Return all of it as plain text, or as Markdown for the kind "md", ending in a newline."""
-        body = table(kind, self.head, self.rows, self.words).rstrip("\n") if self.rows else ""
-        return "\n\n".join(filter(None, (self.title, body, "\n".join(self.notes)))) + "\n"
+        body = ""
+        if self.rows and kind == "md":
+            body = markdown(self.head, self.rows)
+        elif self.rows:
+            styles = [_STYLES.get(mark, "") for mark in self.marks] if self.marks and has_colours() else None
+            body = aligned(self.head, self.rows, self.words, styles=styles)
+        return "\n\n".join(filter(None, (self.title, body.rstrip("\n"), "\n".join(self.notes)))) + "\n"
 
 
 def bounds(interval: Interval | None, places: int = 3) -> str:
@@ -63,35 +70,27 @@ def bounds(interval: Interval | None, places: int = 3) -> str:
 # ------------------------------------------------------------------------------------------------ two runs
 
 
-def comparison(title: str, cases: Sequence[Comparison]) -> Table:
-    """Return the table of a run compared with another one; notes say what there is to say of its cases."""
-    notes = []
-    for why, same in grouped((case for case in cases if case.remarks), lambda case: case.remarks).items():
+def compared(base: Run, run: Run, title: str, noise: float = compare.NOISE) -> tuple[Table, list[Comparison]]:
+    """Return the table of a run compared with the base, with what else there is to say, and all its cases."""
+    cases = compare.compare(base, run, noise)
+    rows, notes = list(map(_compared, cases)), [f"warning: {each}" for each in compare.warnings(base, run)]
+    remarks = grouped((case for case in cases if case.remarks), lambda case: case.remarks)
+    if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
+        reasons = "; ".join(f"{why} ({len(same)})" for why, same in remarks.items())
+        rows, remarks = [], {}
+        notes.append(f"none of {len(cases)} cases can be compared: {reasons}")
+        for which, argv in (("base", base.argv), ("new", run.argv)):
+            notes.append(f"the {which} run was `{escaped(' '.join(argv))}`")
+    for why, same in remarks.items():
         more = f" and {len(same) - MAX_NAMED} more" * (len(same) > MAX_NAMED)
         notes.append(f"{'; '.join(name(case) for case in same[:MAX_NAMED])}{more}: {why}")
-    return Table(title, COMPARED, list(map(_compared, cases)), notes)
+    return Table(escaped(title), COMPARED, rows, notes), cases
 
 
 def _compared(case: Comparison) -> tuple[str, ...]:
     ratio = "-" if case.ratio is None else f"{'' if case.interval else '~'}{case.ratio:.3f}"
     times = [estimated(of.latency_ms if of and case.ratio else None) for of in (case.base, case.new)]
     return (case.scenario, case.implementation, *times, ratio, bounds(case.interval), case.verdict)
-
-
-def compare_runs(
-    base: Run, run: Run, title: str, kind: str, noise: float = compare.NOISE
-) -> tuple[str, list[Comparison]]:
-    """Return what to print about a run compared with the base, and all its cases."""
-    cases = compare.compare(base, run, noise)
-    lines = [escaped(title), *(f"warning: {warning}" for warning in compare.warnings(base, run))]
-    compared = comparison("\n".join(lines), cases)
-    if len(cases) > 1 and all(case.verdict == compare.REFUSED for case in cases):
-        reasons = "; ".join(f"{why} ({len(of)})" for why, of in grouped(cases, lambda c: c.remarks).items())
-        ran = {"base": base.argv, "new": run.argv}
-        notes = [f"none of {len(cases)} cases can be compared: {reasons}"]
-        notes += [f"the {which} run was `{escaped(' '.join(argv))}`" for which, argv in ran.items()]
-        compared = compared._replace(rows=(), notes=notes)
-    return compared.text(kind), cases
 
 
 # --------------------------------------------------------------------------------------------------- ranks
@@ -103,13 +102,14 @@ def ranks(cases: Iterable[Case]) -> list[Table]:
 
 
 def _ranks(case: Case, spread: Spread) -> Table:
-    about = f"Imbalance {percent(imbalance(spread))}."
+    excesses = imbalances(spread)
+    about = f"Imbalance {percent(max(excesses))}."
     if share := repeated(case):
         about += (
             f" Repeated on ranks: {percent(share.flops)} of all FLOPs, {percent(share.bytes)} of all bytes."
         )
     shown = spread.timed_ranks if spread.predicted else range(len(spread.ranks))
-    of_ranks = zip(spread.ranks, imbalances(spread), strict=True)
+    of_ranks = zip(spread.ranks, excesses, strict=True)
     rows = [_rank(rank, excess) for rank, excess in of_ranks if rank.rank in shown]
     over = "" if spread.predicted else f" over {spread.library}"
     notes = [prediction(spread)] * spread.predicted + [about]

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mla.bench.results.compare import compare_implementations
-from mla.bench.results.schema import Case, Interval, Latency, Run, Throughput
+from mla.bench.results.compare import Comparison, compare_implementations
+from mla.bench.results.schema import Case, Latency, Run, Throughput
 from mla.bench.terminal.digits import between, known, quoted, unreliable
 
 
@@ -20,9 +20,10 @@ class Contest:
     without: Sequence[Case]  # no number: wrong, doubtful, not run
 
     @property
-    def won(self) -> bool:
-        """Whether one is proven to be the fastest, by a time that its limit allows."""
-        return len(self.leaders) == 1 and bool(self.beaten) and not self.leaders[0].roofline.doubt
+    def lead(self) -> Comparison | None:
+        """The one that is proven to be the fastest, against the next; None for several, or one alone."""
+        alone = len(self.leaders) == 1 and self.beaten
+        return compare_implementations(self.beaten[0], self.leaders[0]) if alone else None
 
     @property
     def outcome(self) -> str:
@@ -33,7 +34,7 @@ class Contest:
             return "no decision"
         if self.leaders[0].roofline.doubt:
             return "suspect limit or time"
-        return f"{self.leaders[0].implementation} is fastest" if self.won else "only one has a number"
+        return f"{self.leaders[0].implementation} is fastest" if self.beaten else "only one has a number"
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,19 @@ def status(case: Case) -> str:
     return "not timed" if case.check.status == "ok" and case.latency_ms is None else case.check.status
 
 
-def times_as_fast(speedup: float | None, interval: Interval | None) -> str:
-    """Return a speedup with its interval, such as "4.0x (3.3 .. 5.1)"; "-" for None."""
-    if speedup is None:
-        return "-"
-    bounds = f" ({between(interval, speedup, interval)})" if interval else ""
-    return f"{known(speedup, interval)}x{bounds}"
+def mark(case: Case) -> str:
+    """Return what colours a case: its status, "in-doubt" or "yardstick". On the page it is a CSS class."""
+    if is_yardstick(case):
+        return "yardstick"
+    if case.check.status == "ok" and case.roofline.doubt:
+        return "in-doubt"
+    return status(case).replace(" ", "-")
+
+
+def times_as_fast(comparison: Comparison) -> tuple[str, str]:
+    """Return a speedup, such as "4.0x", and its interval, such as "(3.3 .. 5.1)"; "" without one."""
+    speedup, interval = comparison.speedup, comparison.speedup_interval
+    return f"{known(speedup, interval)}x", f"({between(interval, speedup, interval)})" if interval else ""
 
 
 def contest(cases: Iterable[Case]) -> Contest:
@@ -122,10 +130,8 @@ def of_scenario(where: str, cases: Iterable[Case]) -> Verdict:
 
 def _ahead(ranking: Contest) -> str:
     first = ranking.leaders[0]
-    if ranking.beaten:
-        comparison = compare_implementations(ranking.beaten[0], first)
-        speed = times_as_fast(comparison.speedup, comparison.speedup_interval)
-        ratio, _, bounds = speed.partition(" ")
+    if ranking.lead:
+        ratio, bounds = times_as_fast(ranking.lead)
         rank = f", the fastest of {len(ranking.beaten)} others" if len(ranking.beaten) > 1 else ""
         return (
             f"{first.implementation} is {ratio} as fast as {ranking.beaten[0].implementation} {bounds}{rank}"
@@ -170,8 +176,8 @@ def _of_sweep(where: str, contests: Sequence[Contest]) -> Verdict:
     only = {case.implementation for ranking in contests for case in (*ranking.leaders, *ranking.without)}
     if len(only) == 1 and set(outcomes) == {"only one has a number"}:
         told = [f"only {only.pop()} has numbers"]
-    pairs = [(ranking.beaten[0], ranking.leaders[0]) for ranking in contests if ranking.won]
-    if ratios := [speedup for pair in pairs if (speedup := compare_implementations(*pair).speedup)]:
+    leads = [lead for each in contests if (lead := each.lead) and not each.leaders[0].roofline.doubt]
+    if ratios := [lead.speedup for lead in leads if lead.speedup]:
         told.append(f"{_range(ratios, 'x')} as fast as the next")
     leaders = [ranking.leaders[0] for ranking in contests if ranking.leaders]
     shares = [case.roofline.fraction for case in leaders if not why_unreliable(case)]

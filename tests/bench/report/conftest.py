@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from mla.bench import results
 from mla.bench.report import page
-from mla.bench.results import stats
-from mla.bench.results.cases import throughput_of
+from mla.bench.results.cases import latency_of, throughput_of
 
 # Relative speed of the two cards' implementations.
 SLOWNESS = {"mla": 1.0, "mla-reference": 3.0}
 CEILINGS = {"read": 3.0e12, "copy": 2.6e12, "matmul": 9.0e14}
 
 
-def latency(median: float, rng: random.Random, steps: int, passes: int = 6) -> results.Latency:
-    """Return noisy samples around `median`, growing a little within every pass."""
-    samples = [
-        median * (1 + 0.1 * step / steps + 0.02 * rng.random() + 0.8 * (rng.random() > 0.995))
-        for _ in range(passes)
-        for step in range(steps)
+def noisy(median: float, rng: random.Random, steps: int) -> list[list[float]]:
+    """Return six passes of noisy samples around `median`, growing a little within every pass."""
+    return [
+        [
+            median * (1 + 0.1 * step / steps + 0.02 * rng.random() + 0.8 * (rng.random() > 0.995))
+            for step in range(steps)
+        ]
+        for _ in range(6)
     ]
-    medians = [statistics.median(samples[i : i + steps]) for i in range(0, len(samples), steps)]
-    return results.Latency(
-        median=statistics.median(samples),
-        ci95=stats.median_interval(medians),
-        p10=stats.percentile(samples, 10),
-        p90=stats.percentile(samples, 90),
-        samples=samples,
-        drift=0.004,
-        outliers=3,
-    )
+
+
+def latency(passes: list[list[float]]) -> results.Latency:
+    """Return their statistics, with a drift and outliers that are the same on every machine."""
+    return msgspec.structs.replace(latency_of(passes), drift=0.004, outliers=3)
 
 
 def roofline(cost: results.Cost, median: float, slow: float) -> results.Roofline:
@@ -61,8 +57,8 @@ def build(
     pairs = sum(q * (h + q) for q, h in zip(query, history, strict=True))
     cost = results.Cost(flops=4 * 10**7 * tokens + 280_000 * pairs, bytes=3 * 10**7 + 1200 * attended)
     median = slow * SLOWNESS[implementation] * (0.02 + 1e3 * (cost.bytes / 2e12 + cost.flops / 5e14))
-    estimate = latency(median, rng, 40)
-    whole = [estimate.samples[first : first + 40] for first in range(0, len(estimate.samples), 40)]
+    passes = noisy(median, rng, 40)
+    estimate = latency(passes)
     fields: dict[str, Any] = {
         "scenario": scenario,
         "mode": "prefill" if max(query) > 1 else "decode",
@@ -73,7 +69,7 @@ def build(
         "passes": 6,
         "interleaved_with": [name for name in SLOWNESS if name != implementation],
         "latency_ms": estimate,
-        "tokens_per_s": throughput_of(whole, tokens),
+        "tokens_per_s": throughput_of(passes, tokens),
         "switch_steps": [0, 80, 160],
         "cost": cost,
         "roofline": roofline(cost, estimate.median, slow),
@@ -100,7 +96,7 @@ def timings(timed_case: results.Case, slow: float) -> list[results.Timing]:
     ]
     for mode, cache, clock, factor in ways:
         right = results.Check(status="ok") if factor else refused
-        found = latency(median * factor, rng, 10) if factor else None
+        found = latency(noisy(median * factor, rng, 10)) if factor else None
         way = {"mode": mode, "cache": cache, "clock": clock, "passes": 6 * bool(factor)}
         made.append(results.Timing(**way, check=right, latency_ms=found))
     return made

@@ -114,7 +114,7 @@ def test_files_are_compared_with_their_intervals_and_verdicts(make_run: Any, cas
     assert table.title == "B x/new.json against A x/old.json"
     assert list(table.rows[0])[4:] == ["0.500", "0.490 .. 0.510", "FASTER"]
     assert table.notes == [
-        "Warning: seed differs: 0 and 1.",
+        "warning: seed differs: 0 and 1",
         "prefill, b: missing from the base run",
         "prefill, a: missing from the new run",
     ]

@@ -15,13 +15,7 @@ from mla.errors import ResultError
 
 
 def test_the_share_of_the_declared_peak_is_of_the_same_work_beyond_the_cache(ceiling_run: CeilingRun) -> None:
-    assert [ceiling_run.fraction(measurement) for measurement in ceiling_run.measured] == [
-        None,
-        0.75,
-        0.5,
-        0.25,
-        None,
-    ]
+    assert list(map(ceiling_run.fraction, ceiling_run.measured)) == [None, 0.75, 0.5, 0.25, None]
 
 
 def test_ceilings_survive_the_round_trip_and_faults_are_named(

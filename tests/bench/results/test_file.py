@@ -18,16 +18,9 @@ from mla.errors import ResultError
 MakeRun = Callable[..., Run]
 
 
-def test_a_run_survives_the_round_trip(make_run: MakeRun) -> None:
-    run = make_run()
+def test_a_run_survives_the_round_trip_with_every_digit(make_run: MakeRun) -> None:
+    run = make_run(samples=[0.1 + 0.2, 1 / 3, 1e-9, 123456789.123456789])
     assert decode(encode(run)) == run
-
-
-def test_samples_keep_every_digit(make_run: MakeRun) -> None:
-    samples = [0.1 + 0.2, 1 / 3, 1e-9, 123456789.123456789]
-    latency = decode(encode(make_run(samples=samples))).cases[0].latency_ms
-    assert latency is not None
-    assert latency.samples == samples
 
 
 @pytest.mark.parametrize(
@@ -72,9 +65,8 @@ def test_the_throughput_of_an_older_file_is_made_again(make_run: MakeRun, versio
 
 def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:
     document = {**msgspec.json.decode(encode(make_run())), "schema_version": 99, "cases": "anything"}
-    with pytest.raises(
-        ResultError, match=f"schema version 99, but this mla reads only up to {SCHEMA_VERSION}"
-    ):
+    said = f"schema version 99, but this mla reads only up to {SCHEMA_VERSION}"
+    with pytest.raises(ResultError, match=said):
         decode(msgspec.json.encode(document))
 
 

@@ -40,7 +40,7 @@ def test_a_ratio_to_a_yardstick_is_of_the_steps_that_it_ran(decode: Callable[...
 
 def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run]) -> None:
     (ours,), (slow,) = decode(GROWING, 4).cases, decode(FIRST, 2).cases
-    cut, same = cases.same_steps(ours, slow)
+    cut, same, _ = cases.same_steps(ours, slow)
     assert same is slow
     assert cases.passes_of(cut) == [[1.0, 2.0]] * 6
     assert cut.latency_ms is not None
@@ -53,7 +53,7 @@ def test_the_same_steps_have_statistics_of_their_own(decode: Callable[..., Run])
 def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> None:
     """It follows another implementation: by all three, 10 over 1.15 would be 8.7 times."""
     (ours,), (slow,) = decode([1.5, 1.0, 1.0, 9.0] * 6, 4).cases, decode([30.0, 10.0, 10.0] * 6, 3).cases
-    cut, other = cases.same_steps(ours, slow)
+    cut, other, _ = cases.same_steps(ours, slow)
     assert (cases.passes_of(cut), cases.passes_of(other)) == ([[1.0, 1.0]] * 6, [[10.0, 10.0]] * 6)
     comparison = compare_implementations(slow, ours)
     assert (comparison.speedup, comparison.speedup_interval) == (10.0, (10.0, 10.0))
@@ -62,44 +62,32 @@ def test_the_first_of_three_steps_is_in_no_ratio(decode: Callable[..., Run]) -> 
     assert compared.remarks == "comparing steps 2 to 3 of each pass, present in both"
 
 
-def test_equal_passes_are_compared_whole(decode: Callable[..., Run]) -> None:
-    (long,), (two,) = decode(GROWING, 4).cases, decode(GROWING, 4).cases
-    assert cases.same_steps(long, two) == (long, two)
-
-
-def test_what_a_coarse_clock_did_not_see_is_compared_whole_and_no_note_says_otherwise(
-    decode: Callable[..., Run],
-) -> None:
-    coarse, few = decode([0.0, 0.0, 0.0, 6.0] * 6, 4), decode([1.0, 2.0, 2.0] * 6, 3)
+def test_other_passes_are_compared_whole(decode: Callable[..., Run], make_run: MakeRun) -> None:
+    """Those as long, those whose first steps a coarse clock did not see, and a prefill's, which are alike."""
+    coarse = decode([0.0, 0.0, 0.0, 6.0] * 6, 4)
     coarse.cases[0].latency_ms.median = 3.0  # type: ignore[union-attr]
-    assert cases.same_steps(coarse.cases[0], few.cases[0]) == (coarse.cases[0], few.cases[0])
-    assert compare(coarse, few)[0].note == ""
-
-
-def test_forwards_of_a_prefill_are_alike(make_run: MakeRun) -> None:
-    (many,) = make_run([3.0, 1.0] * 6, steps_per_pass=2).cases
-    (few,) = make_run([4.0] * 6).cases
-    assert cases.same_steps(many, few) == (many, few)
+    for run, other in (
+        (decode(GROWING, 4), decode(GROWING, 4)),
+        (coarse, decode([1.0, 2.0, 2.0] * 6, 3)),
+        (make_run([3.0, 1.0] * 6, steps_per_pass=2), make_run([4.0] * 6)),
+    ):
+        assert cases.same_steps(run.cases[0], other.cases[0]) == (run.cases[0], other.cases[0], None)
+        assert compare(run, other)[0].note == ""
 
 
 def test_runs_are_compared_by_the_steps_that_both_have(decode: Callable[..., Run]) -> None:
     (comparison,) = compare(decode(GROWING, 4), decode([1.0, 2.0] * 6, 2))
     assert (comparison.verdict, comparison.ratio, medians(comparison)) == (SAME, 1.0, (1.5, 1.5))
-    assert (comparison.reason, comparison.note) == (
-        "",
-        "comparing steps 1 to 2 of each pass, present in both",
-    )
+    assert comparison.remarks == "comparing steps 1 to 2 of each pass, present in both"
     (comparison,) = compare(decode([1.0, 2.0, 9.0] * 6, 3), decode([2.0, 4.0] * 6, 2))
     assert (comparison.verdict, comparison.ratio) == (SLOWER, 2.0)
 
 
 def test_passes_that_were_planned_longer_are_another_workload(decode: Callable[..., Run]) -> None:
-    (comparison,) = compare(decode(FIRST, 2, planned=4), decode(FIRST, 2, planned=3))
+    """Files that do not say what was planned ran it."""
+    old = decode(FIRST, 2, planned=3)
+    (comparison,) = compare(decode(FIRST, 2, planned=4), old)
     assert (comparison.verdict, comparison.reason) == (REFUSED, "steps_per_pass differs")
-
-
-def test_files_that_do_not_say_what_was_planned_ran_it(decode: Callable[..., Run]) -> None:
-    old = decode(FIRST, 2)
     old.cases[0].planned = None
     assert compare(old, decode(FIRST, 2, planned=2))[0].verdict == SAME
     assert compare(old, decode(FIRST, 2, planned=4))[0].reason == "steps_per_pass differs"

@@ -53,9 +53,22 @@ def test_efficiency_is_over_cores_or_devices_of_one_kind(
     assert (case.verdict, case.note) == ("FASTER", said)
 
 
-def test_a_prediction_is_not_held_against_a_measurement(run: Run) -> None:
-    (case,) = compare(run(8.0), run(5.0, "tp=2", predicted=True))
-    assert (case.note, case.verdict) == ("", "REFUSED")
+@pytest.mark.parametrize(
+    ("base", "new", "verdict", "told"),
+    [
+        ({"layout": "tp=2"}, {"layout": "tp=2", "predicted": True}, "FASTER", "new"),
+        ({"layout": "tp=2", "predicted": True}, {"layout": "tp=2"}, "FASTER", "base"),
+        ({}, {"layout": "tp=2", "predicted": True}, "REFUSED", "new"),
+        ({"layout": "tp=2", "predicted": True}, {"layout": "dp=2"}, "REFUSED", "base"),
+    ],
+)
+def test_a_prediction_is_held_against_a_measurement_of_its_layout_alone(
+    run: Run, base: dict[str, object], new: dict[str, object], verdict: str, told: str
+) -> None:
+    (case,) = compare(run(8.0, **base), run(5.0, **new))
+    assert case.verdict == verdict
+    reason = ", on layouts that differ" if verdict == "REFUSED" else ""
+    assert case.remarks == f"the {told} run is predicted, and the other measured{reason}"
 
 
 @pytest.mark.parametrize(("layout", "same"), [("dcp=2", True), ("tp=2,dcp=1", False)])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgspec
-
 from mla.bench.results.schema import Ceiling, CeilingRun
 from mla.bench.terminal.ceilings import rate, render, run_lines
 from mla.text import size
@@ -63,15 +61,11 @@ def test_a_line_of_several_footprints_says_the_same() -> None:
     assert run_lines(both) == [start + ours]
 
 
-def test_one_thread_is_one(ceiling_run: CeilingRun) -> None:
-    single_threaded = msgspec.structs.replace(ceiling_run, environment={"torch_threads": "1"})
-    assert render(single_threaded, "table").splitlines()[0] == "x on X1, 1 thread, last-level cache 4 MiB"
-
-
-def test_the_table_marks_what_only_our_own_op_reaches(ceiling_run: CeilingRun) -> None:
-    mine = msgspec.structs.replace(ceiling_run.measured[-1], ours=True)
-    run = msgspec.structs.replace(ceiling_run, measured=[mine])
-    assert "| torch.mm (our own) |" in render(run, "md")
+def test_one_thread_is_one_and_what_only_our_own_op_reaches_is_marked(ceiling_run: CeilingRun) -> None:
+    ceiling_run.environment, ceiling_run.measured[-1].ours = {"torch_threads": "1"}, True
+    text = render(ceiling_run, "md")
+    assert text.splitlines()[0] == "x on X1, 1 thread, last-level cache 4 MiB"
+    assert text.count("| torch.mm (our own) |") == 1
 
 
 def test_units_keep_three_digits() -> None:

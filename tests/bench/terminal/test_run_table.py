@@ -225,11 +225,6 @@ def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun)
     assert {row.replace("\\|", "").count("|") for row in rows} == {len(shown) + 1}
 
 
-def test_json_is_the_result_file(make_run: MakeRun) -> None:
-    run = make_run()
-    assert results.decode(render(run, "json").encode()) == run
-
-
 def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: MakeRun) -> None:
     (row,) = case_rows(make_run())
     cells = {title: cell(row) for title, cell in COLUMNS.items()}
