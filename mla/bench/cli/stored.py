@@ -246,5 +246,5 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     if target is not None:
         text = page.render(names, read).encode("utf-8", "replace")
         files.write_bytes(text, target)
-        note(f"wrote {target}: {said}, {size(len(text), KiB='.0f')}")
+        note(f"wrote {target}: {said}, {size(len(text), unit='KiB', style='.0f')}")
     return Exit.OK
