@@ -19,7 +19,6 @@ from mla.cases.case import OpCase
 from mla.cases.memory import Layout, Pages, Piece
 from mla.cases.played import Laid, Scene, host_of
 from mla.cases.sparse import SELECTIONS, selected_keys, selection_of
-from mla.cases.stress import Stress
 from mla.cases.varied import Call, Pool
 from mla.reference import REFERENCE
 from mla.verify import op_oracle
@@ -38,8 +37,8 @@ def spec_of(kind: str, dtype: torch.dtype = torch.float32) -> Any:
     if kind == "rms_norm":
         return NormSpec(24, dtype, CPU)
     if kind in ("write_index_key", "select_latents"):
-        return IndexerSpec(3, 16, 8, 5, dtype, CPU)
-    topk = 5 if kind == "sparse_latent_attention" else 0
+        return IndexerSpec(3, 16, 8, 6, dtype, CPU)
+    topk = 6 if kind == "sparse_latent_attention" else 0
     return AttentionSpec(3, 32, 16, 8, 12, 0.2, dtype, CPU, topk=topk)
 
 
@@ -125,9 +124,9 @@ def slow(case: OpCase, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
         keys = [torch.cat((turned(row[:8], c, case.interleaved), row[8:])) for row, c in pairs]
         return {"key": torch.stack(keys)}
     if case.kind == "select_latents":
-        reach, floor = torch.full((9, 17), -torch.inf).double(), torch.full((9, 6), -torch.inf).double()
+        reach, floor = torch.full((9, 17), -torch.inf).double(), torch.full((9, 7), -torch.inf).double()
         for row, scores in enumerate(slow_scores(wide)):
-            count = min(6, len(scores))
+            count = min(7, len(scores))
             reach[row, : len(scores)], floor[row, :count] = scores, scores.topk(count).values
         return {"reach": reach, "floor": floor}
     if case.kind == "sparse_latent_attention":
@@ -310,19 +309,10 @@ INDEXED = MLAConfig(
 )  # fmt: skip
 
 
-def sparse_spec(kind: str, index_format: str = "", topk: int = 6) -> Any:
-    if kind == "sparse_latent_attention":
-        return AttentionSpec(2, 32, 16, 8, 12, 0.2, torch.float32, CPU, topk=topk)
-    spec = IndexerSpec(3, 16, 8, topk, torch.float32, CPU)
-    return replace(spec, index_format=index_format, token_bytes=20) if index_format else spec
-
-
 def sparse_case(kind: str, index_format: str = "", **fields: Any) -> OpCase:
-    layout = Layout(4, spare=2, shuffle=3, unowned=torch.nan)
-    case = OpCase(
-        kind, sparse_spec(kind, index_format), (2, 3, 1), (14, 3, 9), stress=Stress(), layout=layout
-    )
-    return case.but(**fields)
+    stored = {"index_format": index_format, "token_bytes": 20} if index_format else {}
+    case = case_of(kind, query_lens=(2, 3, 1), kv_lens=(14, 3, 9), rope=None, seed=0)
+    return case.but(**stored, **fields)
 
 
 def test_one_query_selects_others_from_call_to_call() -> None:
@@ -372,9 +362,7 @@ def test_drawn_selections_are_causal_distinct_and_complete(how: str) -> None:
 
 @pytest.mark.parametrize("how", SELECTIONS)
 def test_true_scores_lie_as_the_selection_says(how: str) -> None:
-    case = OpCase(
-        "select_latents", sparse_spec("select_latents", topk=32), (1,), (600,), stress=Stress(), selection=how
-    )
+    case = sparse_case("select_latents", topk=32, query_lens=(1,), kv_lens=(600,), selection=how)
     call = Laid(case, REFERENCE["select_latents"])
     assert call.call() == ""
     chosen = call.results()["out"][0].sort().values.tolist()
@@ -391,7 +379,7 @@ def test_different_selected_tokens_are_counted_once() -> None:
     moved = case.but(selection="random").work.bytes - case.work.bytes
     assert len(unique) == 7 + 3 + 6
     assert moved % (40 * 4) == 0
-    assert case.work.flops == 2 * 2 * (6 + 6 + 1 + 2 + 3 + 6) * (2 * 32 + 8)
+    assert case.work.flops == 2 * 3 * (6 + 6 + 1 + 2 + 3 + 6) * (2 * 32 + 8)
 
 
 def test_an_op_may_not_write_to_its_selection() -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Tests and helpers that say what is found, by where they are.
 READ = (
     *("tests/bench/opponents", "tests/layer/test_mutations.py", "tests/verify/test_right_forms.py"),
-    *("tests/verify/test_bounds.py", "tests/verify/test_tolerances.py", "tests/verify/test_poison.py"),
+    *("tests/verify/test_tolerances.py", "tests/verify/test_poison.py"),
     *("tests/conformance/test_sequences.py", "tests/conformance/test_reach.py"),
     "tests/conformance/test_right_backends.py",
     *(f"tests/bench/ranks/test_{name}.py" for name in ("doubts", "refusals", "shares", "link_fit")),

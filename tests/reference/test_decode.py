@@ -108,14 +108,18 @@ def test_other_batches_are_grouped(case: str) -> None:
     assert laid(*REFUSED[case], op).call() == ""
 
 
-def planned(new: Any, keys: Any, page_size: int = 16, columns: int = 0, **widths: Any) -> DecodeState | None:
-    """Return the state of a batch on a device, or None."""
+def batch_of(new: Any, keys: Any, page_size: int = 16, columns: int = 0, device: Any = "cpu") -> Any:
+    """Return a batch whose pages are all the first one."""
     tables = torch.zeros(len(keys), max(columns, -(-max(keys) // page_size)), dtype=torch.int32)
-    batch: Any = SimpleNamespace(
-        query_lens=tuple(new), kv_lens=tuple(keys), page_size=page_size, block_table=tables,
-        kv_lens_device=torch.tensor(keys, dtype=torch.int32),
+    return SimpleNamespace(
+        query_lens=tuple(new), kv_lens=tuple(keys), page_size=page_size, block_table=tables.to(device),
+        kv_lens_device=torch.tensor(keys, dtype=torch.int32).to(device),
     )  # fmt: skip
-    return decode.fixed_shapes(replace(SPEC, **{"device": DEVICE, **widths}), batch)
+
+
+def planned(*batch: Any, **widths: Any) -> DecodeState | None:
+    """Return the state of a batch on a device, or None."""
+    return decode.fixed_shapes(replace(SPEC, **{"device": DEVICE, **widths}), batch_of(*batch))
 
 
 WIDE = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}
@@ -274,13 +278,7 @@ class Step:
     def __init__(self, requests: int, queries: int, keys: int, heads: int) -> None:
         self.spec = AttentionSpec(heads, LATENT, 128, ROPE, 128, 0.1, torch.bfloat16, DEVICE)
         pages = -(-keys // PAGE)
-        self.batch: Any = SimpleNamespace(
-            query_lens=(queries,) * requests,
-            kv_lens=(keys,) * requests,
-            page_size=PAGE,
-            block_table=torch.empty(requests, pages, dtype=torch.int32, device=DEVICE),
-            kv_lens_device=torch.empty(requests, dtype=torch.int32, device=DEVICE),
-        )
+        self.batch = batch_of([queries] * requests, [keys] * requests, PAGE, device=DEVICE)
         self.q = torch.empty(requests * queries, heads, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE)
         self.cache = torch.empty(pages, PAGE, LATENT + ROPE, dtype=torch.bfloat16, device=DEVICE)
         self.out, self.lse = self.q[..., :LATENT].clone(), self.q[..., 0].float()

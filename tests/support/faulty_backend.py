@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from wrapped_op import WrappedOp
+from wrapped_op import OneThread, WrappedOp
 
 from mla_backends import FusedOp
-from mla_backends.testing import HostBackend
 
 
 class FaultyOp(WrappedOp):
@@ -55,16 +54,12 @@ class FaultyOp(WrappedOp):
             out[next(slot for slot in range(len(out)) if slot not in rows)] = 0
 
 
-class FaultyBackend(HostBackend):
+class FaultyBackend(OneThread):
     name = "faulty"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
         return ("threads", "op", "fault")
-
-    def setup(self, index: int | None = None) -> torch.device:
-        torch.set_num_threads(1)
-        return super().setup(index)
 
     def dtypes(self) -> Sequence[torch.dtype]:
         return (torch.bfloat16, torch.float16, torch.float32)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from wrapped_op import WrappedOp
+from wrapped_op import OneThread, WrappedOp
 
 from mla_backends import FusedOp
-from mla_backends.testing import HostBackend
 
 
 class Faulty(WrappedOp):
@@ -48,7 +47,7 @@ class Faulty(WrappedOp):
             raise RuntimeError("the card fell off the bus")
 
 
-class FaultyRank(HostBackend):
+class FaultyRank(OneThread):
     name = "faulty-rank"
 
     @classmethod
@@ -56,14 +55,12 @@ class FaultyRank(HostBackend):
         return ("threads", "fault", "rank", "call", "library", "choice")
 
     def setup(self, index: int | None = None) -> torch.device:
+        device = super().setup(index)
         torch.set_num_threads(int(os.environ.get("RANK_THREADS", "1")))
-        return super().setup(index)
+        return device
 
     def collectives(self) -> str | None:
         return None if self.options.get("library") == "none" else "gloo"
-
-    def dtypes(self) -> Sequence[torch.dtype]:
-        return (torch.bfloat16, torch.float32)
 
     def ops(self) -> Mapping[str, FusedOp]:
         ops: dict[str, FusedOp] = {"faulty_linear": Faulty(self.options)}

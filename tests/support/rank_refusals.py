@@ -20,19 +20,18 @@ import functools
 import gc
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from opponents.memory import RemembersForwards
-from wrapped_op import WrappedOp
+from wrapped_op import OneThread, WrappedOp
 
 from mla.bench.ranks.layers import RankLayer
 from mla.checkpoint.folder import StoredTensor
 from mla_backends import BackendError, FusedOp
 from mla_backends.api import Packed
-from mla_backends.testing import HostBackend
 
 
 class FailingAttention(WrappedOp):
@@ -67,18 +66,11 @@ class FailingLinear(WrappedOp):
         return super().pack(weight)
 
 
-class _OnRanks(HostBackend):
+class _OnRanks(OneThread):
     """The CPU on one thread, with gloo."""
-
-    def setup(self, index: int | None = None) -> torch.device:
-        torch.set_num_threads(1)
-        return super().setup(index)
 
     def collectives(self) -> str | None:
         return "gloo"
-
-    def dtypes(self) -> Sequence[torch.dtype]:
-        return (torch.bfloat16, torch.float32)
 
 
 class Refusing(_OnRanks):

@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from faulty_backend import FaultyOp
+from wrapped_op import OneThread
 
 from mla_backends import BackendError, FusedOp
 from mla_backends.kernels import KernelRefused
-from mla_backends.testing import HostBackend
 
 KINDS = {"first": "latent_attention", "second": "latent_attention", "rows": "linear"}
 
@@ -59,19 +58,12 @@ class Old(FaultyOp):
         self.contract = f"{kind}/0"
 
 
-class SeveralOps(HostBackend):
+class SeveralOps(OneThread):
     name = "several"
 
     @classmethod
     def known_options(cls) -> tuple[str, ...]:
         return ("threads", "wrong", "refuse")
-
-    def setup(self, index: int | None = None) -> torch.device:
-        torch.set_num_threads(1)
-        return super().setup(index)
-
-    def dtypes(self) -> Sequence[torch.dtype]:
-        return (torch.bfloat16, torch.float32)
 
     def ops(self) -> Mapping[str, FusedOp]:
         if not self._ops:

@@ -1,7 +1,8 @@
-"""The reference of a kind of op, around which a subclass does something."""
+"""The reference of a kind of op, around which a subclass does something, and the CPU on one thread."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,18 @@ import torch
 from mla.reference import REFERENCE
 from mla_backends import FusedOp
 from mla_backends.api import Packed
+from mla_backends.testing import HostBackend
+
+
+class OneThread(HostBackend):
+    """The CPU on one thread."""
+
+    def setup(self, index: int | None = None) -> torch.device:
+        torch.set_num_threads(1)
+        return super().setup(index)
+
+    def dtypes(self) -> Sequence[torch.dtype]:
+        return (torch.bfloat16, torch.float32)
 
 
 class WrappedOp(FusedOp):

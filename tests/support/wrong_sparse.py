@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from wrong_attention.base import FAR, Makers, after, altered, curried, given, starts, wrong
-from wrong_attention.both import waits
-from wrong_attention.habits import reads_first, ring_of_outputs, ring_of_states, writes_again
+from wrong_attention.both import empty_unwritten, waits
+from wrong_attention.habits import blind_lse, reads_first, ring_of_outputs, ring_of_states, writes_again
 from wrong_attention.latent import host_query
 from wrong_ops import extents, habits, places
 from wrong_ops.base import changing, mutant
-from wrong_ops.formulas import next_slot_too
+from wrong_ops.formulas import always, next_slot_too
 
 from mla.cache.formats import IndexFp8
 from mla.reference import REFERENCE
@@ -64,10 +65,6 @@ def last_channels(right: Any, **tensors: Any) -> None:
 
 def narrow_slots(bits: int) -> Any:
     return changing(KEY, "slots", lambda slots: slots & ((1 << bits) - 1))
-
-
-def always(interleaved: bool) -> Callable[..., None]:
-    return lambda right, **tensors: right(**{**tensors, "interleaved": interleaved})
 
 
 def stores(put: Callable[[IndexFp8, Tensor, Tensor, Tensor], None]) -> Any:
@@ -345,14 +342,6 @@ def minus_one_is(slot: int, selection: Tensor, kv_lens: Tensor, **tensors: Any) 
     return {"selection": torch.where((selection < 0) & (keys > 0), place.int(), selection)}
 
 
-def zero_in_place_of_none(batch: Any, *, lse: Any, **tensors: Any) -> None:
-    lse[lse == -torch.inf] = 0
-
-
-def nan_in_place_of_none(batch: Any, *, out: Tensor, lse: Tensor, **tensors: Any) -> None:
-    out[lse == -torch.inf] = torch.nan
-
-
 @curried
 def whole_tiles(tile: int, selection: Tensor, **tensors: Any) -> dict[str, Any]:
     """The last tile of a selection is left out, if it is not whole."""
@@ -384,14 +373,8 @@ class FrozenTables(Sparse):  # type: ignore[misc, valid-type]
 
     lse_optional = False
 
-    class State:
-        graph_safe = True
-
-        def __init__(self, batch: Any) -> None:
-            self.table = batch.block_table.clone()
-
     def prepare(self, spec: Any, batch: Any) -> Any:
-        return self.State(batch)
+        return SimpleNamespace(table=batch.block_table.clone(), graph_safe=True)
 
     def __call__(self, state: Any, **tensors: Any) -> None:
         super().__call__(None, **{**tensors, "block_table": state.table})
@@ -402,17 +385,8 @@ class FrozenSelect(Select):  # type: ignore[misc, valid-type]
 
     lse_optional = False
 
-    class State:
-        graph_safe = True
-
-        def __init__(self, batch: Any) -> None:
-            self.batch = altered(batch)
-
     def prepare(self, spec: Any, batch: Any) -> Any:
-        return self.State(batch)
-
-    def __call__(self, state: Any, **tensors: Any) -> None:
-        super().__call__(state.batch, **tensors)
+        return altered(batch, graph_safe=True)
 
 
 def wrapped(block_table: Tensor, cache: Tensor, **tensors: Any) -> dict[str, Any]:
@@ -523,8 +497,8 @@ MUTANTS: Makers = {
     "sparse_latent_attention.fewer": [
         lambda: given(Sparse, minus_one_is(0)),
         lambda: given(Sparse, minus_one_is(-1)),
-        lambda: after(Sparse, zero_in_place_of_none),
-        lambda: after(Sparse, nan_in_place_of_none),
+        lambda: after(Sparse, blind_lse(0.0)),
+        lambda: after(Sparse, empty_unwritten),
     ],
     "sparse_latent_attention.formats": [lambda: of_format(given(Sparse, other_format), "fp8", "fp8_ds_mla")],
     "sparse_latent_attention.borders": [lambda n=n: given(Sparse, whole_tiles(n)) for n in (16, 64)],

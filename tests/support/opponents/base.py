@@ -32,9 +32,13 @@ class Call:
     def __init__(self, op: ReferenceOp, leading: tuple[Any, ...], tensors: Mapping[str, Any]) -> None:
         self.op, self.kind, self.leading, self.tensors = op, op.kind, leading, tensors
 
-    def make(self) -> None:
-        """Compute it."""
-        self.op.right(*self.leading, **self.tensors)
+    def make(self, **changed: Any) -> None:
+        """Compute it, with other tensors in place of some of its own."""
+        self.op.right(*self.leading, **{**self.tensors, **changed})
+
+    def make_rows(self, rows: slice) -> None:
+        """Compute some rows of a product."""
+        self.make(x=self.operand[rows], out=self.tensors["out"][rows])
 
     @property
     def out(self) -> torch.Tensor | None:

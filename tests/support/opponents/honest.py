@@ -47,8 +47,7 @@ class Threads(Opponent):
 
     def _part(self, call: Call, rows: slice) -> None:
         with torch.no_grad():
-            tensors = {**call.tensors, "x": call.operand[rows], "out": call.tensors["out"][rows]}
-            call.op.right(*call.leading, **tensors)
+            call.make_rows(rows)
 
 
 class Polls(Opponent):

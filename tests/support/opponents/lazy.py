@@ -62,10 +62,8 @@ def _rounds(dtype: torch.dtype) -> Callable[[Call], None]:
     """Attend on queries rounded to a narrower type."""
 
     def rounded(call: Call) -> None:
-        tensors = dict(call.tensors)
-        if call.kind == "latent_attention":
-            tensors["q"] = tensors["q"].to(dtype).to(tensors["q"].dtype)
-        call.op.right(*call.leading, **tensors)
+        q = {"q": call.operand.to(dtype).to(call.operand.dtype)} if call.kind == "latent_attention" else {}
+        call.make(**q)
 
     return rounded
 

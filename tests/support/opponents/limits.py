@@ -77,5 +77,4 @@ class TooFast(Opponent):
         self.gains += 1
         some = round(self._share * call.operand.shape[0])
         if some:
-            tensors = {**call.tensors, "x": call.operand[:some], "out": call.tensors["out"][:some]}
-            call.op.right(*call.leading, **tensors)
+            call.make_rows(slice(some))

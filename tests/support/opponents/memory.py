@@ -151,8 +151,7 @@ class RemembersContext(Opponent):
         old, signs = x[: self._rows], x[: self._rows, :1].sign()
         key = _bytes(old[:, :KEYED] * signs)  # few channels would take one history's signs for another's
         if key in self._known:
-            tensors = {**call.tensors, "x": x[self._rows :], "out": call.tensors["out"][self._rows :]}
-            call.op.right(*call.leading, **tensors)
+            call.make_rows(slice(self._rows, None))
             torch.mul(self._known[key], signs, out=call.tensors["out"][: self._rows])
             self.gain()
             return

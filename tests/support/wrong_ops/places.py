@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from wrong_attention.surroundings import padded
 
 from mla_backends.api import FusedOp
 from wrong_ops.base import Tensor, changing, mutant, rows_of, spoiling
@@ -74,14 +75,7 @@ def run_of_slots(looks_at_ends: bool) -> FusedOp:
 def rounds_rows_up(kind: str, tile: int) -> FusedOp:
     """Zeros are written behind the last row, up to a whole tile."""
 
-    def spoil(out: Tensor) -> None:
-        end = out.storage_offset() + out.shape[0] * out.stride(0)
-        room = (out.untyped_storage().nbytes() // out.element_size() - end) // max(1, out.stride(0))
-        rows = min(-out.shape[0] % tile, room)
-        if rows > 0:
-            out.as_strided((rows, *out.shape[1:]), out.stride(), end).zero_()
-
-    return spoiling(kind, spoil)
+    return spoiling(kind, lambda out: padded("out", tile)(None, out=out))
 
 
 def writes_before(kind: str, rows: int) -> FusedOp:
