@@ -10,7 +10,7 @@ import re
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla_backends.api import FusedOp, claimed_formats
-from mla_backends.errors import BackendError, describe, plugin_code
+from mla_backends.errors import BackendError, plugin_code
 
 if TYPE_CHECKING:
     from mla.cases.drawn import Field
@@ -185,32 +185,20 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
         before, drawn = drawn, time.monotonic() - start
         longest = max(longest, drawn - before)
         if search.wrong is not None and kept is not None:
-            _keep(kept, [*numbers, number])
+            with contextlib.suppress(OSError):  # what keeps the call itself says that the disk is full
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text("".join(f"{line}\n" for line in (FORMAT, *numbers, number)))
         number += 1
 
 
 def kept_numbers(file: Path) -> list[int]:
-    """Return the numbers of draws that failed before; why a file is ignored is said on stderr."""
-    try:
-        kept, *numbers = file.read_text().split() or [FORMAT]
-        if kept == FORMAT:
-            return list(dict.fromkeys(map(int, numbers)))
-        why = "the suite that wrote it drew other cases"
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        why = describe(error)
+    """Return the numbers of draws that failed before; of another suite, which drew other cases, none."""
+    kept, *numbers = (file.read_text() if file.exists() else "").split() or [FORMAT]
+    if kept == FORMAT:
+        return list(dict.fromkeys(map(int, numbers)))
+    why = "the suite that wrote it drew other cases"
     note(f"'{file}' is ignored, so that no earlier failure comes first: {why}.")
     return []
-
-
-def _keep(file: Path, numbers: Sequence[int]) -> None:
-    """Keep the numbers of draws that failed. What keeps them from being written is said on stderr."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(f"{line}\n" for line in (FORMAT, *numbers)))
-    except OSError as error:
-        note(f"'{file}' cannot be written, so that draw {numbers[-1]} is not kept: {describe(error)}.")
 
 
 def field_of(trial: Trial, op: FusedOp) -> Field:

@@ -31,7 +31,7 @@ _GROUPS = (
     *("device", "ops", "rms_norm", "rotate_query", "write_latent", "linear", "batched_linear"),
     *("write_index_key", "select_latents", "latent", "expanded", "sparse_latent_attention", "layer"),
 )
-_MODULES = ("device", "contract", "borders", "ops", "layer")
+_MODULES = ("device", "borders", "ops", "layer")
 
 
 @dataclass(frozen=True)
