@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,11 @@ class Mutant:
             _taken_out()
             package.__path__ = path
             sys.modules.update(real)
+
+
+def mistakes(room: str, texts: Mapping[str, tuple[str, str]]) -> tuple[Mutant, ...]:
+    """Return the mistakes of a file of the device code: name -> what its source has, and what it becomes."""
+    return tuple(Mutant(name, room, old, new) for name, (old, new) in texts.items())
 
 
 def _taken_out() -> dict[str, object]:

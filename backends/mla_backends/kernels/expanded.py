@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,6 @@ from mla_backends.kernels.vendor import (
     DeviceReason,
     KernelRefused,
     Scratch,
-    VendorModule,
     VendorOp,
     accepts,
     either,
@@ -33,9 +32,10 @@ if TYPE_CHECKING:
     import torch
 
 FUNCTION = "flash_attn_varlen_func"
-ARGUMENTS = (
-    "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "causal",
-)  # fmt: skip
+ARGUMENTS = {
+    "q": "q", "k": "k", "v": "v", "cu_seqlens_q": "cu_q", "cu_seqlens_k": "cu_k", "max_seqlen_q": "longest_q",
+    "max_seqlen_k": "longest_k", "softmax_scale": "scale", "causal": "causal",
+}  # fmt: skip
 # Arguments that ask for the log-sum-exp; releases that have neither always return it.
 ASKS = ("return_attn_probs", "return_softmax_lse")
 
@@ -50,7 +50,7 @@ class VarlenLimits:
     pads_values: bool = True  # values must always be as wide as keys
     unpadded: tuple[tuple[int, int], ...] = ((192, 128),)  # else these widths are taken too, keys and values
     max_unlisted: int | None = None  # of widths that are not in `unpadded`; None: `max_width`
-    blind_tokens: bool = True  # a batch may have tokens that see no key
+    empty_segments: bool = True  # a batch may have segments with queries and no keys
     device_reason: DeviceReason | None = None
 
     def pads(self, key_width: int, value_width: int) -> bool:
@@ -91,7 +91,6 @@ class VarlenState:
     longest_q: int
     longest_k: int
     causal: bool
-    blind: torch.Tensor | None = None  # queries that the op overwrites, int64
 
 
 class VarlenOp(VendorOp):
@@ -104,7 +103,6 @@ class VarlenOp(VendorOp):
 
     contract = OPS["expanded_attention"]
     contiguous = False  # the kernel reads q, k and v as if they were, whatever their strides are
-    overwrites_blind = False  # what the kernel gives for queries that see no key, in segments that have some
 
     @abstractmethod
     def attend(
@@ -121,8 +119,8 @@ class VarlenOp(VendorOp):
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        blind = any(keys < queries for queries, keys in zip(query_lens, kv_lens, strict=True))
-        unknown = blind and not self.limits.blind_tokens
+        empty = any(queries and not keys for queries, keys in zip(query_lens, kv_lens, strict=True))
+        unknown = empty and not self.limits.empty_segments
         return ["what it gives for a token without keys is not documented"] if unknown else []
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:
@@ -131,8 +129,7 @@ class VarlenOp(VendorOp):
         bounds = chain(*(accumulate(lens, initial=0) for lens in lengths), batch.kv_lens)
         cu_q, cu_k, kv_lens = upload(integers(bounds), spec.device).split([count + 1, count + 1, count])
         longest_q, longest_k = (max(lens, default=0) for lens in lengths)
-        blind = _blind_tokens(batch, spec.device) if self.overwrites_blind and batch.causal else None
-        return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal, blind)
+        return VarlenState(cu_q, cu_k, kv_lens, longest_q, longest_k, batch.causal)
 
     def __call__(
         self, state: VarlenState, *,
@@ -154,10 +151,6 @@ class VarlenOp(VendorOp):
             out.copy_(value[..., : out.shape[2]])
         if lse is not None:
             lse.copy_(self._logs(sums, state, lse))
-        if state.blind is not None:
-            out.index_fill_(0, state.blind, 0)
-            if lse is not None:
-                lse.index_fill_(0, state.blind, -math.inf)
 
     @staticmethod
     def _logs(sums: torch.Tensor, state: VarlenState, lse: torch.Tensor) -> torch.Tensor:
@@ -184,31 +177,12 @@ class VarlenOp(VendorOp):
         return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _blind_tokens(batch: SegmentLengths, device: torch.device) -> torch.Tensor | None:
-    """Return the queries that see no key although their segment has some; None if there are none."""
-    segments = zip(accumulate(batch.query_lens, initial=0), batch.query_lens, batch.kv_lens, strict=False)
-    tokens = [range(first, first + queries - keys) for first, queries, keys in segments if keys]
-    return upload(integers(chain(*tokens), wide=True), device) if any(tokens) else None
-
-
 class FlashAttnVarlen(VarlenOp):
     """`flash_attn.flash_attn_varlen_func`, or that of another `module` such as `flash_attn_interface`."""
 
-    def __init__(
-        self,
-        limits: VarlenLimits | None = None,
-        *,
-        module: str = "flash_attn",
-        install: str = "",
-        compiles: str = "",
-        cure: str = "",
-    ) -> None:
-        """Take the function's limits on this vendor's devices, and the hint for a missing module.
-
-        `compiles` is what it compiles at first use, and `cure` what to do where that fails: it is tried then.
-        """
-        super().__init__(VendorModule(module, {FUNCTION: ARGUMENTS}, install), limits or VarlenLimits())
-        self.compiles, self.cure = compiles, cure
+    module = "flash_attn"
+    needs: Mapping[str, Mapping[str, Any]] = {FUNCTION: ARGUMENTS}
+    limits = VarlenLimits()
 
     def attend(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
@@ -216,18 +190,9 @@ class FlashAttnVarlen(VarlenOp):
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Call the function. Raises `KernelRefused` when it returns no log-sum-exp."""
         function = getattr(self._vendor, FUNCTION)
-        result = function(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=state.cu_q,
-            cu_seqlens_k=state.cu_k,
-            max_seqlen_q=state.longest_q,
-            max_seqlen_k=state.longest_k,
-            softmax_scale=softmax_scale,
-            causal=state.causal,
-            **{name: True for name in ASKS if accepts(function, name)},
-        )
+        asks = {name: True for name in ASKS if accepts(function, name)}
+        more = {"q": q, "k": k, "v": v, "scale": softmax_scale}
+        result = self._call(FUNCTION, state, more, **asks)
         if not isinstance(result, tuple):
             raise KernelRefused(
                 f"{self._vendor.name}.{FUNCTION} returns no log-sum-exp; use another release."
@@ -248,19 +213,18 @@ class FlashAttnVarlen(VarlenOp):
 # which key their causal mask is aligned.
 
 OPERATOR = "_flash_attention_forward"
-# The kernel takes equal widths, in multiples of 8: torch's SDPA pads to that before it calls the same one.
-TORCH_LIMITS = VarlenLimits(multiple_of=8)
-# Queries and keys of the tiny segments: one without history, one with it, a single query, more queries than
-# keys, no queries, queries without keys.
-TRIED = ((5, 3, 1, 4, 0, 2), (5, 70, 9, 2, 3, 0))
+# Queries and keys of tiny segments: one without history, one with it, a single query, no queries, no keys.
+TRIED = ((5, 3, 1, 0, 2), (5, 70, 9, 3, 0))
 VARLEN_CURE = "use a torch that is built with it, or another op (`--ops reference` takes none of its kind)"
 
 
 class TorchVarlen(VarlenOp):
     """torch's own FlashAttention: needs no package besides torch. fp16 and bf16, heads of at most 256."""
 
-    def __init__(self, limits: VarlenLimits = TORCH_LIMITS) -> None:
-        super().__init__(VendorModule("torch", {}), limits)
+    module = "torch"
+    needs: Mapping[str, Mapping[str, Any]] = {}
+    # Its kernel takes equal widths, in multiples of 8: torch's SDPA pads to that before it calls it.
+    limits = VarlenLimits(multiple_of=8)
 
     def layer_reasons(self, spec: AttentionSpec) -> list[str]:
         why = _no_kernel(spec.device)
@@ -326,7 +290,6 @@ class SdpaState:
 
     query_lens: tuple[int, ...]
     kv_lens: tuple[int, ...]
-    blind: tuple[int, ...]  # leading queries that see no key
     masks: tuple[torch.Tensor | bool, ...]  # [queries, keys] bool; True: causal without history; False: none
 
 
@@ -354,13 +317,9 @@ class SdpaExpanded(FusedOp):
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> SdpaState:
         """Build the masks of causal segments with history on the device."""
-        pairs = list(zip(batch.query_lens, batch.kv_lens, strict=True))
-        blind = tuple(_blind(queries, keys, batch.causal) for queries, keys in pairs)
-        masks = tuple(
-            batch.causal and _mask(queries - hidden, keys, spec.device)
-            for (queries, keys), hidden in zip(pairs, blind, strict=True)
-        )
-        return SdpaState(batch.query_lens, batch.kv_lens, blind, masks)
+        pairs = zip(batch.query_lens, batch.kv_lens, strict=True)
+        masks = tuple(batch.causal and _mask(queries, keys, spec.device) for queries, keys in pairs)
+        return SdpaState(batch.query_lens, batch.kv_lens, masks)
 
     def __call__(
         self, state: SdpaState, *,
@@ -374,25 +333,20 @@ class SdpaExpanded(FusedOp):
         wide = padded(self._scratch, k, v) if pads else v
         by_query = (tensor.split(state.query_lens) for tensor in (q, out))
         by_key = (tensor.split(state.kv_lens) for tensor in (k, v, wide))
-        parts = zip(*by_query, *by_key, state.blind, state.masks, strict=True)
-        for queries, target, keys, values, wide_values, blind, mask in parts:
-            target[:blind] = 0
-            if blind < queries.shape[0]:
+        parts = zip(*by_query, *by_key, state.masks, strict=True)
+        for queries, target, keys, values, wide_values, mask in parts:
+            if not len(keys):
+                target.zero_()
+            elif len(queries):
                 given = wide_values if isinstance(mask, bool) else values
-                value = _attend(queries[blind:], keys, given, mask, softmax_scale)
-                target[blind:] = value[..., : v.shape[2]]
-
-
-def _blind(queries: int, keys: int, causal: bool) -> int:
-    """Return how many queries see no key at all."""
-    return queries if keys == 0 else max(0, queries - keys) if causal else 0
+                target.copy_(_attend(queries, keys, given, mask, softmax_scale)[..., : v.shape[2]])
 
 
 def _mask(queries: int, keys: int, device: torch.device) -> torch.Tensor | bool:
     """Return what hides the future from the last `queries` of `keys` tokens."""
     import torch
 
-    if queries <= 1:
+    if queries <= 1 or not keys:
         return False
     if queries == keys:
         return True

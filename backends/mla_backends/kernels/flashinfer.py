@@ -12,7 +12,7 @@ import importlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from mla_backends.kernels.vendor import (
     accepts,
     capturing,
     missing,
+    multiprocessors,
 )
 from mla_backends.upload import integers, upload
 
@@ -51,8 +52,8 @@ OLDEST = (0, 6, 11)  # whose kernels are the first that compute the place of a p
 class Release:
     """The installed flashinfer, imported when it is first asked about."""
 
-    def __init__(self, install: str) -> None:
-        self.vendor = VendorModule("flashinfer.mla", {CLASS: ()}, install)
+    def __init__(self, vendor: VendorModule) -> None:
+        self.vendor = vendor
 
     def reasons(self) -> list[str]:
         """Return why the release is not used, or how its class differs from what is expected."""
@@ -125,7 +126,6 @@ class Release:
 
 HEADS = (1, 2, 4, 8, 16, 32, 64, 128)  # to which other numbers are padded
 WORK_ITEMS = 16_384  # places in the tables of a plan
-MULTIPROCESSORS = 256  # where the device does not say; more than any has
 
 
 def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) -> list[str]:
@@ -143,16 +143,6 @@ def work_reasons(heads: int, query_lens: Sequence[int], device: torch.device) ->
         f"its tables hold {WORK_ITEMS} parts of work, and {sum(query_lens)} new tokens of {heads} heads may "
         f"need {items}"
     ]
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many multiprocessors the device has, or more."""
-    import torch
-
-    function = getattr(getattr(torch, device.type, None), "get_device_properties", None)
-    properties = None if function is None or device.type == "cpu" else function(device)
-    return int(getattr(properties, "multi_processor_count", None) or MULTIPROCESSORS)
 
 
 # -------------------------------------------------------------------------------------------- pages
@@ -195,10 +185,10 @@ class Turn:
 class Wrappers:
     """The wrappers of one device, which share the workspace of split contexts."""
 
-    def __init__(self, release: Release, backend: str, device: torch.device) -> None:
+    def __init__(self, release: Release, device: torch.device) -> None:
         import torch
 
-        self._release, self._backend, self._device = release, backend, device
+        self._release, self._device = release, device
         with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
             self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self.turns: list[Turn] = []
@@ -212,7 +202,7 @@ class Wrappers:
         """
         lse = lse and self._release.declares_lse
         for turn in self.turns:
-            if turn.planned_for is not None and turn.planned_for[0] is state and turn.planned_for[1] is lse:
+            if turn.planned_for == (state, lse):
                 return turn.wrapper
         turn = self.turns.pop(0) if len(self.turns) >= TURNS else self._turn()
         self.turns.append(turn)
@@ -232,14 +222,13 @@ class Wrappers:
         import torch
 
         with torch.inference_mode(False):  # it makes memory of its own
-            wrapper = self._release.wrapper(self._workspace, backend=self._backend)
+            wrapper = self._release.wrapper(self._workspace)
         event = getattr(getattr(torch, self._device.type, None), "Event", None)
         return Turn(wrapper, event() if event is not None and self._device.type != "cpu" else None)
 
 
 # ----------------------------------------------------------------------------------------------- op
 
-LIMITS = LatentLimits(page_sizes=None, heads=HEADS, pads_heads_to=HEADS, graph=False)
 COMPILES = "it compiles its kernel for this device at first use (a minute or more)"
 
 
@@ -254,19 +243,21 @@ class FlashInferState:
 class FlashInferMla(VendorOp):
     """`flashinfer.mla.BatchMLAPagedAttentionWrapper`. It writes to `out` and `lse` itself.
 
-    `backend` is the library's own choice of kernel ("auto", "fa2", "fa3"). Plans are made on the host from
-    host tensors, so that nothing is copied back from the device; a capture is therefore refused.
+    Plans are made on the host from host tensors, so that nothing is copied back from the device; a capture is
+    therefore refused.
     """
 
     contract = OPS["latent_attention"]
     cache_formats = ("fp8", "fp8:")
     compiles = COMPILES
+    module = "flashinfer.mla"
+    needs: Mapping[str, Mapping[str, Any]] = {CLASS: {}}
+    limits = LatentLimits(page_sizes=None, heads=HEADS, pads_heads_to=HEADS, graph=False)
 
     def __init__(
         self,
-        limits: LatentLimits = LIMITS,
+        limits: LatentLimits | None = None,
         *,
-        backend: str = "auto",
         install: str = "",
         e4m3_reason: DeviceReason | None = None,
     ) -> None:
@@ -274,18 +265,13 @@ class FlashInferMla(VendorOp):
 
         `e4m3_reason` says why a device cannot read e4m3 caches, "" if it can.
         """
-        self.release = Release(install)
-        super().__init__(self.release.vendor, replace(limits, graph=False))
-        self._e4m3_reason, self._backend = e4m3_reason, backend
+        super().__init__(limits, install=install)
+        self.release = Release(self._vendor)
+        self._e4m3_reason = e4m3_reason
         self._wrappers: dict[torch.device, Wrappers] = {}
         self._wants_lse = False  # what the last call wanted: the next plan is made for it
 
     # ------------------------------------------------------------------------------------------- refusals
-
-    @property
-    def cure(self) -> str:  # type: ignore[override]
-        """How to get kernels where none can be compiled."""
-        return f"install the CUDA toolkit, or `{compiled_kernels()}`"
 
     def interface_reasons(self) -> list[str]:
         return self.release.reasons()
@@ -303,6 +289,7 @@ class FlashInferMla(VendorOp):
         return reasons
 
     def preflight(self, spec: AttentionSpec) -> list[str]:
+        self.cure = f"install the CUDA toolkit, or `{compiled_kernels()}`"
         if reasons := super().preflight(spec):
             self._wrappers.pop(spec.device, None)  # its workspace would be kept for nothing
         return reasons
@@ -333,7 +320,7 @@ class FlashInferMla(VendorOp):
 
     def _pool(self, device: torch.device) -> Wrappers:
         if device not in self._wrappers:
-            self._wrappers[device] = Wrappers(self.release, self._backend, device)
+            self._wrappers[device] = Wrappers(self.release, device)
         return self._wrappers[device]
 
     def _state(self, spec: AttentionSpec, batch: BatchView) -> FlashInferState:

@@ -15,16 +15,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, default
+from mla_backends.kernels.vendor import KernelRefused, accepts, parameters
 
 if TYPE_CHECKING:
     import torch
 
 DECODE, PLAN = "flash_mla_with_kvcache", "get_mla_metadata"
-ARGUMENTS = (
-    "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
-    "softmax_scale", "causal",
-)  # fmt: skip
+# The library's names -> ours: of a `Launch`, or of a plan.
+ARGUMENTS = {
+    "q": "q", "k_cache": "pages", "block_table": "block_table", "cache_seqlens": "kv_lens",
+    "head_dim_v": "latent", "tile_scheduler_metadata": "metadata", "num_splits": "splits",
+    "softmax_scale": "scale", "causal": True,
+}  # fmt: skip
 LEGACY = "use_legacy"
 KEPT = "is in sgl-flash-mla, and in FlashMLA up to commit 9241ae3 of 2026-04-29"
 
@@ -38,30 +40,17 @@ class FlashMla(PagedLatentOp):
     length; `RaggedBatch.update_()` then reaches the kernel.
     """
 
+    module = "flash_mla"
+    needs: Mapping[str, Mapping[str, Any]] = {DECODE: ARGUMENTS, PLAN: {}}
+    limits = LatentLimits()
+    tried = True
     refused_formats = E4M3_QUERIES
-    needs: Mapping[str, tuple[str, ...]] = {DECODE: ARGUMENTS, PLAN: ()}
     of_v41 = f"has sparse attention only: dense decoding {KEPT}"  # a release since 2026-09-30
-
-    def __init__(
-        self,
-        limits: LatentLimits | None = None,
-        *,
-        module: str = "flash_mla",
-        install: str = "",
-        compiles: str = "",
-        cure: str = "",
-    ) -> None:
-        """Take the kernel's limits on a vendor's devices, and how to get the module.
-
-        `compiles` is what it compiles at first use, and `cure` what to do where that fails.
-        """
-        super().__init__(VendorModule(module, self.needs, install), limits or LatentLimits())
-        self.compiles = compiles
-        self.cure = cure or install or "use the reference ops (`--ops reference`)"
 
     def interface_reasons(self) -> list[str]:
         decode = self._vendor.flash_mla_with_kvcache
-        if accepts(decode, LEGACY) or default(decode, "is_fp8_kvcache") is not True:
+        known = parameters(decode) or {}
+        if LEGACY in known or known.get("is_fp8_kvcache") is not True:
             return []
         return [self._vendor.with_hint(f"this {self._vendor.name} {self.of_v41}")]
 
@@ -76,18 +65,9 @@ class FlashMla(PagedLatentOp):
 
     def launch(self, plan: Any, call: Launch) -> Result:
         metadata, splits = plan
-        out, lse = self._vendor.flash_mla_with_kvcache(
-            q=call.q,
-            k_cache=call.cache.unsqueeze(2),
-            block_table=call.block_table,
-            cache_seqlens=call.kv_lens,
-            head_dim_v=call.latent,
-            tile_scheduler_metadata=metadata,
-            num_splits=splits,
-            softmax_scale=call.scale,
-            causal=True,
-            **self._asks(DECODE, use_legacy=True, is_fp8_kvcache=False),
-        )
+        more = {"pages": call.cache.unsqueeze(2), "metadata": metadata, "splits": splits}
+        asks = self._asks(DECODE, use_legacy=True, is_fp8_kvcache=False)
+        out, lse = self._call(DECODE, call, more, **asks)
         return out, lse
 
 
@@ -99,12 +79,11 @@ class FlashMla(PagedLatentOp):
 # many.
 
 IXFORMER = "vllm_paged_attention_mla"
-IXFORMER_ARGUMENTS = (
-    "output", "query", "kv_cache", "scale", "block_tables", "context_lens", "max_context_len",
-)  # fmt: skip
+IXFORMER_ARGUMENTS = {
+    "output": "rows", "query": "queries", "kv_cache": "cache", "scale": "scale",
+    "block_tables": "block_table", "context_lens": "kv_lens", "max_context_len": "longest",
+}  # fmt: skip
 LSE, GRAPH = "return_softmax_lse", "use_cuda_graph"
-# What rows without keys give, and which pages are too small, is not known for this closed library.
-IXFORMER_LIMITS = LatentLimits(page_sizes=None, max_queries=1, empty_rows=False, lse_layout="tokens_first")
 
 
 class IxformerMla(PagedLatentOp):
@@ -113,14 +92,17 @@ class IxformerMla(PagedLatentOp):
     Graphs: the host's upper bound of the lengths is the block table's capacity, so replays may grow into it.
     """
 
+    module = "ixformer.inference.functions"
+    needs: Mapping[str, Mapping[str, Any]] = {IXFORMER: IXFORMER_ARGUMENTS}
+    # What rows without keys give, and which pages are too small, is not known for this closed library.
+    limits = LatentLimits(page_sizes=None, max_queries=1, empty_rows=False, lse_layout="tokens_first")
     refused_formats: Mapping[str, str] = {
         "int8": "its kernel takes codes and scales as two tensors, and this format is one"
     }
 
-    def __init__(self, limits: LatentLimits = IXFORMER_LIMITS, *, install: str = "") -> None:
+    def __init__(self, limits: LatentLimits | None = None, **named: str) -> None:
         """Take the kernel's limits; regardless of them, a row holds one query token."""
-        vendor = VendorModule("ixformer.inference.functions", {IXFORMER: IXFORMER_ARGUMENTS}, install)
-        super().__init__(vendor, replace(limits, max_queries=1))
+        super().__init__(replace(limits or self.limits, max_queries=1), **named)
 
     @property
     def writes_lse(self) -> bool:  # type: ignore[override]
@@ -135,14 +117,6 @@ class IxformerMla(PagedLatentOp):
         out = call.out
         if out is None:
             out = self._scratch.take("out", (rows, 1, heads, call.latent), call.q, fresh=call.captured)
-        result = function(
-            output=out[:, 0],
-            query=call.q[:, 0],
-            kv_cache=call.cache,
-            scale=call.scale,
-            block_tables=call.block_table,
-            context_lens=call.kv_lens,
-            max_context_len=call.longest,
-            **options,
-        )
+        more = {"rows": out[:, 0], "queries": call.q[:, 0]}
+        result = self._call(IXFORMER, call, more, **options)
         return out, result[1][:, None] if LSE in options else None

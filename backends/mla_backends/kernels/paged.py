@@ -54,15 +54,13 @@ class Group:
 
 
 def cut(query_lens: Sequence[int], kv_lens: Sequence[int], most: int | None) -> Iterator[Row]:
-    """Cut each request into rows of at most `most` queries (None: any)."""
+    """Cut each request into rows of at most `most` queries (None: any), which see none of no keys."""
     start = 0
     for request, (count, keys) in enumerate(zip(query_lens, kv_lens, strict=True)):
-        blind = min(count, max(0, count - keys))  # queries before the request's first key
-        for begin, end in ((0, blind), (blind, count)):
-            for first in range(begin, end, most or count or 1):
-                last = min(first + (most or count), end)
-                seen = 0 if first < blind else keys - (count - last)  # queries behind the row have more
-                yield Row(request, start + first, last - first, seen)
+        for first in range(0, count, most or count or 1):
+            last = min(first + (most or count), count)
+            seen = max(0, keys - (count - last))  # queries behind the row have more
+            yield Row(request, start + first, last - first, seen)
         start += count
 
 
@@ -123,6 +121,7 @@ class LatentLimits:
     max_queries: int | None = None  # query tokens of one request in one row; None: any
     max_query_rows: int | None = None  # query tokens times heads in one row; None: any
     max_rows: int | None = None  # rows of one launch; None: any
+    max_bytes: int | None = None  # of a cache, for selected latents; None: any
     lse_layout: Literal["heads_first", "tokens_first"] = "heads_first"  # [rows, h, s], or [rows, s, h]
     lse_base: Literal["e", "2"] = "e"
     empty_rows: bool = True  # rows without keys may be launched

@@ -18,26 +18,25 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.latent import DECODE, KEPT, PLAN, FlashMla
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import KernelRefused, VendorModule, accepts, capturing, missing
+from mla_backends.kernels.vendor import OTHER_OPS, KernelRefused, accepts, capturing, missing
 from mla_backends.slots import selected_slots
 
 if TYPE_CHECKING:
     import torch
 
 PREFILL = "flash_mla_sparse_fwd"
-DECODE_ARGUMENTS = (
-    "q", "k_cache", "block_table", "cache_seqlens", "head_dim_v", "tile_scheduler_metadata", "num_splits",
-    "softmax_scale", "causal", "is_fp8_kvcache", "indices",
-)  # fmt: skip
-PREFILL_ARGUMENTS = ("q", "kv", "indices", "sm_scale", "d_v")
+DECODE_ARGUMENTS = {
+    "q": "rows", "k_cache": "pages", "block_table": None, "cache_seqlens": None, "head_dim_v": "latent",
+    "tile_scheduler_metadata": "metadata", "num_splits": "splits", "softmax_scale": "scale",
+    "causal": False, "is_fp8_kvcache": True, "indices": "slots",
+}  # fmt: skip
+PREFILL_ARGUMENTS = {"q": "q", "kv": "tokens", "indices": "slots", "sm_scale": "scale", "d_v": "latent"}
 # Of planners that are told shapes; others make an object that the first call fills.
 PLAN_ARGUMENTS = (
     "cache_seqlens", "num_q_tokens_per_head_k", "num_heads_k", "num_heads_q", "is_fp8_kvcache", "topk", "q",
 )  # fmt: skip
 HEADS = (64, 128)
 TILE = 128  # selected tokens: what Blackwell takes with 128 heads; elsewhere it is 64
-# Pages of bytes as deployed: FlashMLA's own tests go from 2 to 576 tokens.
-LIMITS = LatentLimits(dtypes=("bfloat16",), heads=HEADS, pads_heads_to=HEADS)
 
 
 @dataclass(frozen=True)
@@ -51,14 +50,10 @@ class SparseState:
 
 
 class SparseLatentOp(PagedLatentOp):
-    """Base of adapters whose kernel takes a row for each new token, and slots. Subclasses attend.
-
-    `most_bytes`: of a cache that the kernel finds its way in; None: any.
-    """
+    """Base of adapters whose kernel takes a row for each new token, and slots. Subclasses attend."""
 
     contract = OPS["sparse_latent_attention"]
     nan_safe_tail = True
-    most_bytes: int | None = None
 
     def unsupported_batch(
         self, spec: Any, query_lens: Any, kv_lens: Any, page_size: int | None = None
@@ -83,7 +78,12 @@ class SparseLatentOp(PagedLatentOp):
     ) -> None:  # fmt: skip
         if not len(q):
             return
-        self._check_cache(cache)
+        size, most = cache.numel() * cache.element_size(), self.limits.max_bytes
+        if most is not None and size > most:
+            raise KernelRefused(
+                f"{self._vendor.name} reads caches of at most {most >> 20} MiB, and this one has "
+                f"{size >> 20}: give the cache fewer pages, or {OTHER_OPS}."
+            )
         if captured := capturing(q.device):
             self._check_capture(state)  # type: ignore[arg-type]
         slots = selected_slots(selection, block_table, cu_q, cache.shape[1])
@@ -110,15 +110,6 @@ class SparseLatentOp(PagedLatentOp):
         Returns out [T, h, c], and the natural log-sum-exp [T, h] or with an axis of 1.
         """
 
-    def _check_cache(self, cache: torch.Tensor) -> None:
-        """Raise `KernelRefused` for a cache in which the kernel would lose its way."""
-        size = cache.numel() * cache.element_size()
-        if self.most_bytes is not None and size > self.most_bytes:
-            raise KernelRefused(
-                f"{self._vendor.name} reads caches of at most {self.most_bytes >> 20} MiB, and this one has "
-                f"{size >> 20}: give the cache fewer pages, or use other ops (`--ops reference`)."
-            )
-
     def _rows(self, q: torch.Tensor, heads: int, captured: bool) -> torch.Tensor:
         """Return the queries [T, heads, c + r] without gaps; padding heads are zero."""
         if heads == q.shape[1] and q.is_contiguous() and q.data_ptr() % 16 == 0:
@@ -137,13 +128,10 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
         "fp8_ds_mla_any": "its kernels round decoded latents to bfloat16, or cut scales to powers of two"
     }
 
-    needs: Mapping[str, tuple[str, ...]] = {DECODE: DECODE_ARGUMENTS, PREFILL: PREFILL_ARGUMENTS, PLAN: ()}
+    needs: Mapping[str, Mapping[str, Any]] = {DECODE: DECODE_ARGUMENTS, PREFILL: PREFILL_ARGUMENTS, PLAN: {}}
+    # Pages of bytes as deployed: FlashMLA's own tests go from 2 to 576 tokens.
+    limits = LatentLimits(dtypes=("bfloat16",), heads=HEADS, pads_heads_to=HEADS)
     of_v41 = f"reads caches of DeepSeek-V4.1 only: what reads latents of 576 {KEPT}"
-
-    def __init__(self, limits: LatentLimits = LIMITS, *, most_bytes: int | None = None, **named: str) -> None:
-        """Take the kernels' limits on a vendor's devices, and how to get the module: see `FlashMla`."""
-        super().__init__(limits, **named)
-        self.most_bytes = most_bytes
 
     def pages_matter(self, spec: AttentionSpec) -> bool:
         return bool(spec.cache_format)
@@ -175,85 +163,58 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
     def _of_bytes(self, plan: Any, call: Launch) -> Result:
         """Attend over a cache [pages, page, 656] uint8."""
         metadata, splits = plan
-        out, lse = self._vendor.flash_mla_with_kvcache(
-            q=call.q[:, None],
-            k_cache=call.cache.unsqueeze(2),
-            block_table=None,
-            cache_seqlens=None,
-            head_dim_v=call.latent,
-            tile_scheduler_metadata=metadata,
-            num_splits=splits,
-            softmax_scale=call.scale,
-            causal=False,
-            is_fp8_kvcache=True,
-            indices=call.block_table[:, None],
-            **self._asks(DECODE, use_legacy=True),
-        )
+        more = {
+            "rows": call.q[:, None], "pages": call.cache.unsqueeze(2), "slots": call.block_table[:, None],
+            "metadata": metadata, "splits": splits,
+        }  # fmt: skip
+        out, lse = self._call(DECODE, call, more, **self._asks(DECODE, use_legacy=True))
         return out[:, 0], lse
 
     def _of_numbers(self, call: Launch) -> Result:
         """Attend over a cache [pages, page, c + r] bf16."""
-        out, _, lse = self._vendor.flash_mla_sparse_fwd(
-            q=call.q,
-            kv=call.cache.flatten(0, 1).unsqueeze(1),
-            indices=call.block_table[:, None],
-            sm_scale=call.scale,
-            d_v=call.latent,
-            **self._asks(PREFILL, use_legacy=True),
-        )
+        more = {"tokens": call.cache.flatten(0, 1).unsqueeze(1), "slots": call.block_table[:, None]}
+        out, _, lse = self._call(PREFILL, call, more, **self._asks(PREFILL, use_legacy=True))
         return out, lse
 
 
 # ------------------------------------------------------------------------------------------ FlashInfer
 TRTLLM = "trtllm_batch_decode_with_kv_cache_mla"
-TRTLLM_ARGUMENTS = (
-    "query", "kv_cache", "workspace_buffer", "qk_nope_head_dim", "kv_lora_rank", "qk_rope_head_dim",
-    "block_tables", "seq_lens", "max_seq_len", "sparse_mla_top_k", "bmm1_scale", "bmm2_scale", "backend",
-    "return_lse", "return_lse_base",
-)  # fmt: skip
+TRTLLM_ARGUMENTS = {
+    "query": "rows", "kv_cache": "cache", "workspace_buffer": "workspace",
+    "qk_nope_head_dim": "qk_nope_head_dim", "kv_lora_rank": "kv_lora_rank",
+    "qk_rope_head_dim": "qk_rope_head_dim", "block_tables": "slots", "seq_lens": "lengths",
+    "max_seq_len": "longest", "sparse_mla_top_k": "longest", "bmm1_scale": "scale", "bmm2_scale": 1.0,
+    "backend": "kernel", "return_lse": "with_lse", "return_lse_base": "base",
+}  # fmt: skip
 WORKSPACE_BYTES = 128 << 20  # as engines give it, zero when it is first used
-# `trtllm-gen` on data-centre Blackwell. It takes no row of nothing, and from 65 heads on 128.
-TRTLLM_LIMITS = LatentLimits(
-    dtypes=("bfloat16",), page_sizes=(32, 64), max_heads=64, pads_heads_to=(128,), empty_rows=False
-)
 _ROUNDED = "its kernels for such bytes, on sm_120 and sm_121, round queries to e4m3"
 
 
 class FlashInferSparse(SparseLatentOp):
     """`flashinfer`'s `trtllm-gen` decoding over one-token pages: lengths are how many slots a row names."""
 
+    module = "flashinfer.mla"
+    needs: Mapping[str, Mapping[str, Any]] = {TRTLLM: TRTLLM_ARGUMENTS}
+    # `trtllm-gen` on data-centre Blackwell. It takes no row of nothing, and from 65 heads on 128.
+    limits = LatentLimits(
+        dtypes=("bfloat16",), page_sizes=(32, 64), max_heads=64, pads_heads_to=(128,), empty_rows=False
+    )
+    tried = True
     refused_formats: Mapping[str, str] = {
         **E4M3_QUERIES, "fp8_ds_mla": _ROUNDED, "fp8_ds_mla_any": _ROUNDED
     }  # fmt: skip
 
-    def __init__(self, limits: LatentLimits = TRTLLM_LIMITS, *, install: str = "") -> None:
-        """Take the kernel's limits on a vendor's devices, and how to get flashinfer."""
-        super().__init__(VendorModule("flashinfer.mla", {TRTLLM: TRTLLM_ARGUMENTS}, install), limits)
-        self.cure = install or "use other ops (`--ops reference`)"
-
     def launch(self, plan: SparseState, call: Launch) -> Result:
         import torch
 
-        spec, indices, width = plan.spec, call.block_table, call.longest
+        indices = call.block_table
         lengths = (indices >= 0).sum(1, dtype=torch.int32).clamp_min_(1)
         indices[:, 0].clamp_min_(0)  # of a row of nothing, whose result is overwritten
-        workspace = self._scratch.take("workspace", (WORKSPACE_BYTES,), call.cache.view(torch.uint8))
-        result = getattr(self._vendor, TRTLLM)(
-            query=call.q[:, None],
-            kv_cache=call.cache,
-            workspace_buffer=workspace,
-            qk_nope_head_dim=spec.qk_nope_head_dim,
-            kv_lora_rank=spec.kv_lora_rank,
-            qk_rope_head_dim=spec.qk_rope_head_dim,
-            block_tables=indices[:, None],
-            seq_lens=lengths,
-            max_seq_len=width,
-            sparse_mla_top_k=width,
-            bmm1_scale=call.scale,
-            bmm2_scale=1.0,
-            backend="trtllm-gen",
-            return_lse=call.with_lse,
-            return_lse_base="basee",
-        )
+        workspace = self._scratch.take("workspace", (WORKSPACE_BYTES,), call.cache, dtype=torch.uint8)
+        more = {
+            **vars(plan.spec), "rows": call.q[:, None], "slots": indices[:, None], "lengths": lengths,
+            "workspace": workspace, "kernel": "trtllm-gen", "base": "basee",
+        }  # fmt: skip
+        result = self._call(TRTLLM, call, more)
         out, lse = result if call.with_lse else (result, None)
         return out[:, 0], lse

@@ -18,6 +18,7 @@ first. q, k and v are read as if they were contiguous. The log-sum-exp is natura
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,58 +34,57 @@ from mla_backends.kernels.paged import (
     Part,
     Result,
 )
-from mla_backends.kernels.vendor import DeviceReason, KernelRefused, VendorModule, is_aligned
+from mla_backends.kernels.vendor import KernelRefused, VendorOp, is_aligned, multiprocessors
 
 if TYPE_CHECKING:
     import torch
 
-MODULE, DECODE, PREFILL = "tokenspeed_mla", "tokenspeed_mla_decode", "tokenspeed_mla_prefill"
-DECODE_ARGUMENTS = (
-    "query", "kv_cache", "workspace_buffer", "kv_lora_rank", "qk_rope_head_dim", "block_tables", "seq_lens",
-    "max_seq_len", "softmax_scale", "out", "causal_mask", "return_lse",
-)  # fmt: skip
-PREFILL_ARGUMENTS = (
-    "query", "key", "value", "seq_lens", "cum_seq_lens", "max_seq_len", "batch_size", "softmax_scale",
-    "is_causal", "return_lse", "cum_seq_lens_q", "max_seq_len_q", "out",
-)  # fmt: skip
-CURE = "pip install -U tokenspeed-mla, which brings the CuTe DSL it needs"
+DECODE, PREFILL = "tokenspeed_mla_decode", "tokenspeed_mla_prefill"
+DECODE_ARGUMENTS = {
+    "query": "rows", "kv_cache": "cache", "workspace_buffer": "workspace", "kv_lora_rank": "latent",
+    "qk_rope_head_dim": "rope", "block_tables": "own_pages", "seq_lens": "kv_lens", "max_seq_len": "longest",
+    "softmax_scale": "scale", "out": "target", "causal_mask": True, "return_lse": "with_lse",
+}  # fmt: skip
+PREFILL_ARGUMENTS = {
+    "query": "q", "key": "k", "value": "v", "seq_lens": "kv_lens", "cum_seq_lens": "cu_k",
+    "max_seq_len": "longest_k", "batch_size": "count", "softmax_scale": "scale", "is_causal": "causal",
+    "return_lse": True, "cum_seq_lens_q": "cu_q", "max_seq_len_q": "longest_q", "out": "target",
+}  # fmt: skip
 TILE = 128  # keys, and query rows
-LIMITS = LatentLimits(
-    page_sizes=(32, 64),  # those its callers use; it accepts powers of two from 2 to 128
-    max_heads=128,
-    max_queries=4,  # as documented; every number is compiled by itself
-    max_rows=16_000,  # rows times queries are one dimension of a grid
-    lse_layout="tokens_first",
-    lse_base="2",
-    empty_rows=False,
-)
-PREFILL_LIMITS = VarlenLimits(dtypes=("bfloat16",), pads_values=False, max_unlisted=0)
 
 
-def unavailable() -> list[str]:
-    """Return why the package cannot run, where it knows: its import succeeds even without CuTe DSL."""
-    why = getattr(importlib.import_module(MODULE), "_IMPORT_ERROR", None)
-    return [] if why is None else [f"{MODULE} cannot load CuTe DSL ({why}); {CURE}"]
+class Tokenspeed(VendorOp):
+    """Either kernel of the package."""
 
-
-class TokenspeedMla(PagedLatentOp):
-    """`tokenspeed_mla.tokenspeed_mla_decode` with 16-bit caches.
-
-    Costs besides the kernel: what `PagedLatentOp` says, a table per batch, and a workspace of about 40 MB per
-    device. Graphs: the table of a captured call is made inside the graph, so a replay follows the batch.
-    """
-
-    compiles = "tokenspeed_mla's decode kernel"
-    cure = CURE
-    refused_formats = E4M3_QUERIES
-
-    def __init__(self, limits: LatentLimits = LIMITS, *, install: str = "") -> None:
-        """Take the kernel's limits, and the hint for a missing package."""
-        super().__init__(VendorModule(MODULE, {DECODE: DECODE_ARGUMENTS, "get_num_sm": ()}, install), limits)
-        self._workspaces: dict[torch.device, torch.Tensor] = {}
+    module = "tokenspeed_mla"
+    cure = "pip install -U tokenspeed-mla, which brings the CuTe DSL it needs"
 
     def interface_reasons(self) -> list[str]:
-        return unavailable()
+        """Return why the package cannot run, where it knows: its import succeeds even without CuTe DSL."""
+        why = getattr(importlib.import_module(self.module), "_IMPORT_ERROR", None)
+        return [] if why is None else [f"{self.module} cannot load CuTe DSL ({why}); {self.cure}"]
+
+
+class TokenspeedMla(Tokenspeed, PagedLatentOp):
+    """`tokenspeed_mla.tokenspeed_mla_decode` with 16-bit caches.
+
+    Costs besides the kernel: what `PagedLatentOp` says, a table per batch, zeros in the log-sum-exp where it
+    is read, and a workspace of about 40 MB per device. Graphs: the table of a captured call is made inside
+    the graph, so a replay follows the batch.
+    """
+
+    needs: Mapping[str, Mapping[str, Any]] = {DECODE: DECODE_ARGUMENTS}
+    limits = LatentLimits(
+        page_sizes=(32, 64),  # those its callers use; it accepts powers of two from 2 to 128
+        max_heads=128,
+        max_queries=4,  # as documented; every number is compiled by itself
+        max_rows=16_000,  # rows times queries are one dimension of a grid
+        lse_layout="tokens_first",
+        lse_base="2",
+        empty_rows=False,
+    )
+    compiles = "tokenspeed_mla's decode kernel"
+    refused_formats = E4M3_QUERIES
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> PagedState:
         """Plan the batch, with a table per launch, without waiting for the device."""
@@ -98,20 +98,12 @@ class TokenspeedMla(PagedLatentOp):
     def launch(self, plan: Any, call: Launch) -> Result:
         if not is_aligned(call.cache):
             raise KernelRefused("the rows of the latent cache must start at multiples of 16 bytes.")
-        result = self._vendor.tokenspeed_mla_decode(
-            query=call.q if is_aligned(call.q) else call.q.clone(),
-            kv_cache=call.cache,
-            workspace_buffer=self._workspace(call.block_table),
-            kv_lora_rank=call.latent,
-            qk_rope_head_dim=call.q.shape[3] - call.latent,
-            block_tables=plan,
-            seq_lens=call.kv_lens,
-            max_seq_len=call.longest,
-            softmax_scale=call.scale,
-            out=call.out if call.out is not None and is_aligned(call.out) else None,
-            causal_mask=True,
-            return_lse=call.with_lse,  # which costs it a launch that fills it with zeros
-        )
+        more = {
+            "rows": call.q if is_aligned(call.q) else call.q.clone(), "rope": call.q.shape[3] - call.latent,
+            "workspace": self._workspace(call.block_table), "own_pages": plan,
+            "target": call.out if call.out is not None and is_aligned(call.out) else None,
+        }  # fmt: skip
+        result = self._call(DECODE, call, more)
         return result if call.with_lse else (result, None)
 
     def _workspace(self, table: torch.Tensor) -> torch.Tensor:
@@ -122,11 +114,8 @@ class TokenspeedMla(PagedLatentOp):
         """
         import torch
 
-        device = table.device
-        if device not in self._workspaces:
-            size = self._vendor.get_num_sm(device) * TILE * (512 + 1) * 4
-            self._workspaces[device] = self._scratch.take("workspace", (size,), table.view(torch.int8))
-        return self._workspaces[device]
+        size = multiprocessors(table.device) * TILE * (512 + 1) * 4
+        return self._scratch.take("workspace", (size,), table, dtype=torch.int8)
 
 
 def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -142,39 +131,19 @@ def own_pages(table: torch.Tensor, kv_lens: torch.Tensor, page_size: int) -> tor
     return table.gather(1, torch.minimum(torch.arange(width, device=table.device), last[:, None]))
 
 
-class TokenspeedPrefill(VarlenOp):
+class TokenspeedPrefill(Tokenspeed, VarlenOp):
     """`tokenspeed_mla.tokenspeed_mla_prefill`, bfloat16 keys of 192 and values of 128."""
 
+    needs: Mapping[str, Mapping[str, Any]] = {PREFILL: PREFILL_ARGUMENTS}
+    limits = VarlenLimits(dtypes=("bfloat16",), pads_values=False, max_unlisted=0)
     compiles = "tokenspeed_mla's prefill kernel"
-    cure = CURE
     contiguous = True
-    overwrites_blind = True
-
-    def __init__(self, device_reason: DeviceReason | None = None, *, install: str = "") -> None:
-        """Take why a device cannot run it ("" if it can), and the hint for a missing package."""
-        limits = replace(PREFILL_LIMITS, device_reason=device_reason)
-        super().__init__(VendorModule(MODULE, {PREFILL: PREFILL_ARGUMENTS}, install), limits)
-
-    def interface_reasons(self) -> list[str]:
-        return unavailable()
 
     def attend(
         self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
         out: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        value, sums = self._vendor.tokenspeed_mla_prefill(
-            query=q,
-            key=k,
-            value=v,
-            seq_lens=state.kv_lens,
-            cum_seq_lens=state.cu_k,
-            max_seq_len=state.longest_k,
-            batch_size=state.kv_lens.shape[0],
-            softmax_scale=softmax_scale,
-            is_causal=state.causal,
-            return_lse=True,
-            cum_seq_lens_q=state.cu_q,
-            max_seq_len_q=state.longest_q,
-            out=out if out.is_contiguous() and is_aligned(out) else None,
-        )
+        target = out if out.is_contiguous() and is_aligned(out) else None
+        more = {"q": q, "k": k, "v": v, "scale": softmax_scale, "target": target, "count": len(state.kv_lens)}
+        value, sums = self._call(PREFILL, state, more)
         return value, sums.t()

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 
+OTHER_OPS = "use other ops (`--ops reference`)"
+
+
 class KernelRefused(BackendError):
     """A vendor kernel cannot serve this cache or call; raised on the host, before anything is launched."""
 
@@ -30,7 +33,7 @@ class VendorModule:
     Nothing is imported until `reasons` or an attribute is asked for. `hint` says how to install it.
     """
 
-    def __init__(self, name: str, needs: Mapping[str, Sequence[str]], hint: str = "") -> None:
+    def __init__(self, name: str, needs: Mapping[str, Iterable[str]], hint: str = "") -> None:
         self.name, self.hint = name, hint
         self._needs = needs
 
@@ -75,32 +78,21 @@ class VendorModule:
 
 
 @functools.lru_cache(maxsize=256)  # they are asked for in every step
-def parameters(function: Callable[..., Any]) -> frozenset[str] | None:
-    """Return the arguments that can be passed by keyword; None if any can, or if unknown."""
-    known = _signature(function)
-    if known is None or any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+def parameters(function: Callable[..., Any]) -> Mapping[str, Any] | None:
+    """Return the arguments that can be passed by keyword, and defaults; None if any can, or if unknown."""
+    try:
+        known = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):
         return None
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(name for name, parameter in known.items() if parameter.kind in by_name)
+    return {parameter.name: parameter.default for parameter in known if parameter.kind in by_name}
 
 
 def accepts(function: Callable[..., Any], name: str) -> bool:
     """Return whether `function` is known to have an argument called `name`."""
     return name in (parameters(function) or ())
-
-
-def default(function: Callable[..., Any], name: str) -> Any:
-    """Return what `function` takes for an argument left out; None if it has no default, or if unknown."""
-    parameter = (_signature(function) or {}).get(name)
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
-def _signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters by name; None if they are unknown."""
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
 
 
 def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> list[str]:
@@ -112,16 +104,46 @@ def missing(function: Callable[..., Any], label: str, names: Iterable[str]) -> l
 class VendorOp(FusedOp):
     """Base of adapters: what a vendor's package lacks, what its kernel is not made for, and a first trial.
 
-    `limits` have `reasons(spec)`, which say what a layer needs and the kernel has not.
+    A subclass names its module and what it `needs` of that: functions, and for each the keywords that it
+    passes -> the name of what it gives them, or a constant that is no text. `limits` have `reasons(spec)`,
+    why the kernel cannot serve a layer.
     """
 
     lse_optional = True
-    cure = ""  # of a kernel that cannot be compiled or loaded; without one, none is tried beforehand
+    module: str
+    needs: Mapping[str, Mapping[str, Any]]
+    limits: Any
+    tried = False  # before the first use: it may not work on a device that it is made for
+    cure = ""  # of a kernel that cannot be compiled or loaded; with one, it is tried
 
-    def __init__(self, vendor: VendorModule, limits: Any) -> None:
-        self._vendor = vendor
-        self.limits = limits
+    def __init__(
+        self,
+        limits: Any = None,
+        *,
+        module: str = "",
+        install: str = "",
+        compiles: str = "",
+        cure: str = "",
+    ) -> None:
+        """Take the kernel's limits on a vendor's devices, and how to get the module.
+
+        `module` is another one with the same functions, `compiles` what it compiles at first use, and `cure`
+        what to do where that fails.
+        """
+        self._vendor = VendorModule(module or self.module, self.needs, install)
+        self.limits = limits or self.limits
+        self.compiles = compiles or self.compiles
+        self.cure = cure or self.cure or (self.tried and (install or OTHER_OPS)) or ""
         self._scratch = Scratch()
+
+    def _call(self, name: str, record: object, more: Mapping[str, Any], **options: Any) -> Any:
+        """Call a function with what it needs, fields of a record or `more`, and with `options`."""
+        given = {**vars(record), **more}
+        passed = {
+            keyword: given[ours] if isinstance(ours, str) else ours
+            for keyword, ours in self.needs[name].items()
+        }
+        return getattr(self._vendor, name)(**{**passed, **options})
 
     def unsupported_reasons(self, spec: Any) -> list[str]:
         vendor = self._vendor
@@ -160,26 +182,27 @@ class Scratch:
         self._held: dict[tuple[object, ...], torch.Tensor] = {}
 
     def take(
-        self, name: str, shape: tuple[int, ...], like: torch.Tensor, fresh: bool = False
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        like: torch.Tensor,
+        fresh: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
-        """Return memory of this shape in the dtype and on the device of `like`; contents stay, row for row.
+        """Return memory of this shape, by default in the dtype of `like`; contents stay, row for row.
 
         `fresh` returns separate memory, full of zeros: what a graph captures must outlive a later growth.
         """
-        if fresh:
-            return _zeros(shape, like)
-        key = (name, shape[1:], like.dtype, like.device)
-        held = self._held.get(key)
+        import torch
+
+        key = (name, shape[1:], dtype or like.dtype, like.device)
+        held = None if fresh else self._held.get(key)
         if held is None or held.shape[0] < shape[0]:
-            held = self._held[key] = _zeros(shape, like)
+            with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
+                held = like.new_zeros(shape, dtype=dtype)
+            if not fresh:
+                self._held[key] = held
         return held[: shape[0]]
-
-
-def _zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    with torch.inference_mode(False):  # a tensor made in that mode cannot be written outside it
-        return like.new_zeros(shape)
 
 
 def padded(scratch: Scratch, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -192,6 +215,19 @@ def padded(scratch: Scratch, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def is_aligned(tensor: torch.Tensor) -> bool:
     """Return whether a tensor of 16-bit numbers and its rows start at multiples of 16 bytes."""
     return tensor.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in tensor.stride()[:-1])
+
+
+MULTIPROCESSORS = 256  # where the device does not say; more than any has
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors the device has, or more."""
+    import torch
+
+    function = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    properties = None if function is None or device.type == "cpu" else function(device)
+    return int(getattr(properties, "multi_processor_count", None) or MULTIPROCESSORS)
 
 
 # ------------------------------------------------------------------------------------------ reasons

@@ -172,22 +172,33 @@ PAGE, ODD_PAGE = 64, 1
 
 
 @dataclass(frozen=True)
-class LatentState:
-    """A planned batch. Lengths are read on the device, so a captured call follows them."""
+class Rows:
+    """Rows of requests (new tokens times heads), or of segments (queries)."""
 
     requests: int
-    rows: int  # new tokens times heads, of all requests
+    rows: int  # of all requests
     longest: int  # of the request with the most
-    ragged: bool  # requests have different numbers of new tokens
-    splits: Splits
-    tile: Tile
-    parts: torch.Tensor  # fp32: [T, h, max_splits, c], then [T, h, max_splits]
-    graph_safe = True
+    ragged: bool  # requests have different numbers of rows
 
     def blocks(self, rows: int) -> tuple[int, int]:
         """Return how many blocks of so many rows a request has where all have equally many, and all have."""
         blocks = -(-self.longest // rows)
         return blocks, self.rows // rows + self.requests if self.ragged else self.requests * blocks
+
+
+def facts_of(rows: Sequence[int]) -> tuple[int, int, int, bool]:
+    """Return the fields of `Rows`, of requests that have so many."""
+    return len(rows), sum(rows), max(rows), min(rows) < max(rows)
+
+
+@dataclass(frozen=True)
+class LatentState(Rows):
+    """A planned batch. Lengths are read on the device, so a captured call follows them."""
+
+    splits: Splits
+    tile: Tile
+    parts: torch.Tensor  # fp32: [T, h, max_splits, c], then [T, h, max_splits]
+    graph_safe = True
 
 
 class LatentAttention(KernelOp):
@@ -223,11 +234,11 @@ class LatentAttention(KernelOp):
 
     def attempt(self, spec: AttentionSpec) -> str:
         """Try every tile as the layer calls it, and once ragged, with odd pages and the log-sum-exp."""
-        wrong = ""
         for least in self.tuning.latent:
             queries = -(-least // spec.num_heads)
-            wrong = wrong or try_latent(self, spec, PAGE, ((queries,) * 2, TINY_KEYS), with_lse=False)
-        return wrong or try_latent(self, spec, ODD_PAGE, ((1, 2), TINY_KEYS))
+            if wrong := try_latent(self, spec, PAGE, ((queries,) * 2, TINY_KEYS), with_lse=False):
+                return wrong
+        return try_latent(self, spec, ODD_PAGE, ((1, 2), TINY_KEYS))
 
     def prepare(self, spec: AttentionSpec, batch: BatchView) -> LatentState:
         """Choose tile and splits from the lengths on the host, and take memory for the parts."""
@@ -243,16 +254,12 @@ class LatentAttention(KernelOp):
         capacity: int,
     ) -> LatentState:
         """Return the state for these lengths; `capacity` and `like` as of `split` and `PartsMemory`."""
-        heads, longest = spec.num_heads, max(query_lens)
-        tiles = self.tuning.of_latents(spec.cache_format, sparse=spec.topk > 0)
-        tile = tile_for(tiles, longest * heads)
-        rows = [count * heads for count in query_lens]
-        sizes = (capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
-        splits = split(rows, kv_lens, *sizes)
+        rows = [count * spec.num_heads for count in query_lens]
+        tile = tile_for(self.tuning.of_latents(spec.cache_format, sparse=spec.topk > 0), max(rows))
+        splits = split(rows, kv_lens, capacity, 4 * spec.kv_lora_rank, tile, self._multiprocessors)
         parts = sum(rows) * splits.max_splits if splits.max_splits > 1 else 0
         memory = self._memory.take(parts * (spec.kv_lora_rank + 1), like)
-        ragged = min(query_lens) < longest
-        return LatentState(len(rows), sum(rows), longest * heads, ragged, splits, tile, memory)
+        return LatentState(*facts_of(rows), splits, tile, memory)
 
     def __call__(
         self, state: LatentState, *,
@@ -346,15 +353,11 @@ MAX_WIDTH = 256
 
 
 @dataclass(frozen=True)
-class ExpandedState:
+class ExpandedState(Rows):
     """Planned segments."""
 
     cu_q: torch.Tensor  # [segments + 1] int32
     cu_k: torch.Tensor  # [segments + 1] int32
-    segments: int
-    queries: int  # of all segments
-    longest: int  # of the segment with the most
-    ragged: bool  # segments have different numbers of queries
     causal: bool
 
 
@@ -390,10 +393,7 @@ class ExpandedAttention(KernelOp):
 
         starts = [list(accumulate(lengths, initial=0)) for lengths in (batch.query_lens, batch.kv_lens)]
         cu_q, cu_k = upload(torch.tensor(starts, dtype=torch.int32, device="cpu"), spec.device).unbind()
-        longest = max(batch.query_lens)
-        ragged = min(batch.query_lens) < longest
-        queries = sum(batch.query_lens)
-        return ExpandedState(cu_q, cu_k, len(batch.query_lens), queries, longest, ragged, batch.causal)
+        return ExpandedState(*facts_of(batch.query_lens), cu_q, cu_k, batch.causal)
 
     def __call__(
         self, state: ExpandedState, *,
@@ -409,7 +409,7 @@ class ExpandedAttention(KernelOp):
         arguments = {
             "q": q, "k": k, "v": v, "out": out, "lse": out if lse is None else lse,
             **strides(q=q, k=k, v=v, out=out, lse=lse),
-            "cu_q": state.cu_q, "cu_k": state.cu_k, "segments": state.segments,
+            "cu_q": state.cu_q, "cu_k": state.cu_k, "segments": state.requests,
             "scale": softmax_scale * math.log2(math.e),
             "RAGGED": state.ragged, "WIDTH": width, "VALUES": values, "FRONT": front,
             "BACK": wide(max(0, width - front), MIN_SIDE), "WIDE_VALUES": wide(values, MIN_SIDE),
@@ -417,10 +417,7 @@ class ExpandedAttention(KernelOp):
         }  # fmt: skip
 
         def start(tile: Tile) -> None:
-            blocks = -(-state.longest // tile.rows)
-            programs = state.segments * blocks
-            if state.ragged:
-                programs = state.queries // tile.rows + state.segments
+            blocks, programs = state.blocks(tile.rows)
             sizes = {"blocks": blocks, "ROWS": tile.rows, "KEYS": tile.keys}
             grid = (programs, q.shape[1])
             self.launcher.start(attend_expanded, grid, {**arguments, **sizes}, **tile.resources)

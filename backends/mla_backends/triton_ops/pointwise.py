@@ -30,12 +30,10 @@ class RmsNorm(KernelOp):
     """x / rms(x) * weight, a program per row."""
 
     contract = OPS["rms_norm"]
+    attempt = try_rms_norm
 
     def shape_reasons(self, spec: NormSpec) -> list[str]:
         return _width_reasons(spec.features)
-
-    def attempt(self, spec: NormSpec) -> str:
-        return try_rms_norm(self, spec)
 
     def __call__(self, *, x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor) -> None:
         from mla_backends.triton_ops.jit.pointwise import rms_norm
@@ -54,9 +52,7 @@ class RotateQuery(KernelOp):
     """Rotate every head by its token's angles, a program per token and block of heads."""
 
     contract = OPS["rotate_query"]
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        return try_rotate_query(self, spec)
+    attempt = try_rotate_query
 
     def __call__(
         self, *, x: torch.Tensor, cos_sin: torch.Tensor, interleaved: bool, out: torch.Tensor
@@ -84,6 +80,7 @@ class WriteLatent(KernelOp):
 
     contract = OPS["write_latent"]
     cache_formats = CACHE_FORMATS
+    attempt = try_write_latent
 
     def __init__(
         self,
@@ -96,9 +93,6 @@ class WriteLatent(KernelOp):
 
     def shape_reasons(self, spec: AttentionSpec) -> list[str]:
         return _width_reasons(spec.kv_lora_rank) + format_reasons(spec)
-
-    def attempt(self, spec: AttentionSpec) -> str:
-        return try_write_latent(self, spec)
 
     def __call__(
         self, *,

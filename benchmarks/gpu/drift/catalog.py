@@ -72,7 +72,7 @@ LIBRARIES = (
     Library(
         "flashinfer-python",
         (
-            Call(f"{_WRAPPER}.__init__", ("backend",), "flashinfer.mla", "flashinfer_07", placed=1),
+            Call(f"{_WRAPPER}.__init__", (), "flashinfer.mla", "flashinfer_07", placed=1),
             Call("MLAPlanMetadata.csr", ("flashinfer:FLAT",), "flashinfer.mla", "flashinfer_07"),
             Call(
                 f"{_WRAPPER}.plan", ("metadata", "flashinfer:PLAN"), "flashinfer.mla",
@@ -97,7 +97,6 @@ LIBRARIES = (
         (
             Call("tokenspeed_mla_decode", ("tokenspeed:DECODE_ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
             Call("tokenspeed_mla_prefill", ("tokenspeed:PREFILL_ARGUMENTS",), "tokenspeed_mla", "tokenspeed"),
-            Call("get_num_sm", (), "tokenspeed_mla", "tokenspeed", placed=1),
         ),
     ),
     Library("FlashMLA", (*_flash_mla("nvidia_c"), *_sparse("nvidia_c")), on_index=False),

@@ -21,7 +21,6 @@ from mla_backends.kernels import (
     TorchVarlen,
     VarlenLimits,
 )
-from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
 from mla_backends.triton_ops import Tile, Tuning
 
 if TYPE_CHECKING:
@@ -37,11 +36,10 @@ MATE_LATENT = LatentLimits(
 )
 # Its sparse kernels, by TileLang, compute places in 32 bits (TL_DISABLE_INDEX_TYPE_PROMOTION, and descriptors
 # of a cache's bytes in int32), and write blocks of 64 heads whatever a token has.
-MATE_SPARSE = replace(SPARSE_LIMITS, graph=False)
-MATE_SPARSE_BYTES = (1 << 31) - 1
+MATE_SPARSE = replace(FlashMlaSparse.limits, graph=False, max_bytes=(1 << 31) - 1)
 # `_check_valid_asm_input` in mate/mha_interface.py: 192 and 128, or values as wide as keys of at most 128.
 # Other widths have kernels too, which its tests cover for 128 and 256 only.
-MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, blind_tokens=False)
+MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, empty_segments=False)
 
 CAPABILITY = "3.1"  # of the MTT S5000, in Moore Threads' own numbering: MATE's kernels are compiled for it
 # muDNN's FlashAttention takes values narrower than keys (MuDNNFlashVarlenFwd in torch_musa's SDP.cpp). SDPA
@@ -68,10 +66,7 @@ def kernels(capability: Callable[[], str | None]) -> Mapping[str, FusedOp]:
     return {
         "mate": FlashMla(replace(MATE_LATENT, device_reason=device_reason), module="mate.flashmla", **mate),
         "mate_sparse": FlashMlaSparse(
-            replace(MATE_SPARSE, device_reason=device_reason),
-            most_bytes=MATE_SPARSE_BYTES,
-            module="mate.flashmla",
-            **mate,
+            replace(MATE_SPARSE, device_reason=device_reason), module="mate.flashmla", **mate
         ),
         "mate_varlen": FlashAttnVarlen(
             replace(MATE_VARLEN, device_reason=device_reason), module="mate.mha_interface", **mate

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mla_backends import FusedOp
 from mla_backends.kernels import (
@@ -25,14 +25,9 @@ from mla_backends.kernels import (
     TorchVarlen,
     VarlenLimits,
 )
-from mla_backends.kernels.expanded import TORCH_LIMITS
-from mla_backends.kernels.flashinfer import LIMITS as FLASHINFER_LIMITS
 from mla_backends.kernels.flashinfer import compiled_kernels
 from mla_backends.kernels.latent import ARGUMENTS, DECODE, PLAN
-from mla_backends.kernels.sparse import LIMITS as SPARSE_LIMITS
-from mla_backends.kernels.sparse import TRTLLM_LIMITS
-from mla_backends.kernels.tokenspeed import LIMITS as TOKENSPEED_LIMITS
-from mla_backends.kernels.vendor import DeviceReason
+from mla_backends.kernels.vendor import DeviceReason, VendorOp
 from mla_backends.torch_backend import versions
 from mla_backends.triton_ops.launcher import PACKAGES
 
@@ -40,6 +35,7 @@ if TYPE_CHECKING:
     import torch
 
 Architecture = Callable[[], tuple[int, int]]
+Cards = tuple[tuple[int, int], ...]
 
 # FlashMLA plans one part per multiprocessor and tile of this many query rows; early releases perhaps none.
 TILE = 64
@@ -92,42 +88,35 @@ def ahead_of(architecture: tuple[int, int]) -> Mapping[str, str]:
 class NewerFlashMla(FlashMla):
     """FlashMLA since 2025-09-24. The planner before it ends the process for more than 4095 rows."""
 
-    needs: Mapping[str, tuple[str, ...]] = {DECODE: (*ARGUMENTS, "is_fp8_kvcache"), PLAN: ()}
+    needs: Mapping[str, Mapping[str, Any]] = {DECODE: {**ARGUMENTS, "is_fp8_kvcache": False}, PLAN: {}}
 
 
 def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
     """Return the ops, best first. `multiprocessors` None means unknown."""
-    hopper, blackwell = _only(architecture, *HOPPER), _only(architecture, *BLACKWELL)
-    ampere, here = since_ampere(architecture), architecture()
-    flash_mla = LatentLimits(
-        max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS, device_reason=hopper
-    )
-    tokenspeed = _TOKENSPEED if here in BLACKWELL else ""
     flashinfer = f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}"
+    flash_mla, ampere = flash_mla_source(), since_ampere(architecture)
+
+    def on(cards: Cards, op: type[VendorOp], install: str, limits: Any = None, **named: str) -> VendorOp:
+        """Return an op for cards of these architectures, on which alone the hint is given."""
+        limits = replace(limits or op.limits, device_reason=_only(architecture, *cards))
+        return op(limits, install=install if architecture() in cards else "", **named)
+
+    of_plan = LatentLimits(max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS)
+    separate, flash_attn_3 = VarlenLimits(pads_values=False), "flash_attn_interface"
     return {
-        "flash_mla": NewerFlashMla(flash_mla, install=flash_mla_source() if here in HOPPER else ""),
-        "flash_mla_sparse": FlashMlaSparse(
-            replace(SPARSE_LIMITS, device_reason=_only(architecture, *SPARSE_FLASH_MLA)),
-            install=flash_mla_source() if here in SPARSE_FLASH_MLA else "",
-        ),
-        "flashinfer_sparse": FlashInferSparse(
-            replace(TRTLLM_LIMITS, device_reason=_only(architecture, *TRTLLM_GEN)),
-            install=flashinfer if here in TRTLLM_GEN else "",
-        ),
-        "tokenspeed": TokenspeedMla(replace(TOKENSPEED_LIMITS, device_reason=blackwell), install=tokenspeed),
+        "flash_mla": on(HOPPER, NewerFlashMla, flash_mla, of_plan),
+        "flash_mla_sparse": on(SPARSE_FLASH_MLA, FlashMlaSparse, flash_mla),
+        "flashinfer_sparse": on(TRTLLM_GEN, FlashInferSparse, flashinfer),
+        "tokenspeed": on(BLACKWELL, TokenspeedMla, _TOKENSPEED),
         "flashinfer": FlashInferMla(
-            replace(FLASHINFER_LIMITS, device_reason=ampere),
+            replace(FlashInferMla.limits, device_reason=ampere),
             install=flashinfer,
-            e4m3_reason=hopper,
+            e4m3_reason=_only(architecture, *HOPPER),
         ),
-        "flash_attn_3": FlashAttnVarlen(
-            VarlenLimits(pads_values=False, device_reason=hopper),
-            module="flash_attn_interface",
-            install=_FLASH_ATTN_3 if here in HOPPER else "",
-        ),
-        "tokenspeed_prefill": TokenspeedPrefill(blackwell, install=tokenspeed),
+        "flash_attn_3": on(HOPPER, FlashAttnVarlen, _FLASH_ATTN_3, separate, module=flash_attn_3),
+        "tokenspeed_prefill": on(BLACKWELL, TokenspeedPrefill, _TOKENSPEED),
         "flash_attn": FlashAttnVarlen(VarlenLimits(device_reason=ampere), install=_FLASH_ATTN),
-        "torch_varlen": TorchVarlen(replace(TORCH_LIMITS, device_reason=ampere)),
+        "torch_varlen": TorchVarlen(replace(TorchVarlen.limits, device_reason=ampere)),
         "sdpa": SdpaExpanded(),
     }
 
@@ -153,11 +142,18 @@ def flash_mla_source() -> str:
 
 
 def _only(architecture: Architecture, *wanted: tuple[int, int]) -> DeviceReason:
-    names = ", ".join(map(_name, wanted))
+    return _where(architecture, wanted.__contains__, f"it runs on {', '.join(map(_name, wanted))} only")
 
+
+def since_ampere(architecture: Architecture) -> DeviceReason:
+    """Return what says why a card older than Ampere cannot run a kernel."""
+    return _where(architecture, AMPERE.__le__, f"it needs {_name(AMPERE)} or newer")
+
+
+def _where(architecture: Architecture, serves: Callable[[Any], bool], wanted: str) -> DeviceReason:
     def reason(device: torch.device) -> str:
         here = architecture()
-        return "" if here in wanted else f"it runs on {names} only, but this is {_name(here)}"
+        return "" if serves(here) else f"{wanted}, but this is {_name(here)}"
 
     return reason
 
@@ -183,17 +179,6 @@ def installed_triton() -> tuple[str, tuple[int, ...]]:
     """Return the installed version of Triton, as text and as numbers; "" and () if there is none."""
     installed = next(iter(versions((), PACKAGES).values()), "")
     return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
-
-
-def since_ampere(architecture: Architecture) -> DeviceReason:
-    """Return what says why a card older than Ampere cannot run a kernel."""
-
-    def reason(device: torch.device) -> str:
-        here = architecture()
-        why = f"it needs {_name(AMPERE)} or newer, but this is {_name(here)}"
-        return "" if here >= AMPERE else why
-
-    return reason
 
 
 def _name(architecture: tuple[int, int]) -> str:

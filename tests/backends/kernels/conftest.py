@@ -20,6 +20,7 @@ from mla import MLA, MLAConfig
 from mla.cases.layer import LayerCall, LayerCase
 from mla_backends import FusedOp
 from mla_backends.api import AttentionSpec, SegmentLengths
+from mla_backends.kernels import flashinfer, sparse
 from mla_backends.testing import HostBackend
 
 FAKES = Path(__file__).resolve().parents[2] / "fakes" / "kernels"
@@ -42,6 +43,15 @@ Outputs = tuple[torch.Tensor, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------- fakes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_workspaces() -> Iterator[None]:
+    """Do without 128 MiB that the fakes never touch."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (flashinfer, sparse):
+            patch.setattr(module, "WORKSPACE_BYTES", 1024)
+        yield
 
 
 @pytest.fixture(scope="session")

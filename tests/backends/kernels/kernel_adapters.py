@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_backend_moore.kernels import CAPABILITY, kernels
 from mla_backends.kernels import (
@@ -25,6 +28,18 @@ MATE = LatentLimits(
     lse_layout="tokens_first",
     empty_rows=False,
 )
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,7 @@ class Expanded:
     folder: str
     make: Callable[[], Any]
     kernel: str = ""  # of torch's own, as a vendor's build has it
-    blind: bool = True  # serves tokens without keys
+    empty: bool = True  # serves segments without keys
 
 
 VARLEN_3 = VarlenLimits(pads_values=False)
@@ -79,5 +94,5 @@ EXPANDED = {
     "torch, cuda": Expanded("flash_attn_2", TorchVarlen, kernel="cuda"),
     "torch, musa": Expanded("flash_attn_2", lambda: TorchVarlen(VARLEN_3), kernel="musa"),
     "tokenspeed": Expanded("tokenspeed", TokenspeedPrefill),
-    "mate": Expanded("moore_mate", lambda: kernels(lambda: CAPABILITY)["mate_varlen"], blind=False),
+    "mate": Expanded("moore_mate", lambda: kernels(lambda: CAPABILITY)["mate_varlen"], empty=False),
 }

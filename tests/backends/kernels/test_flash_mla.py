@@ -16,18 +16,6 @@ each_variant = pytest.mark.parametrize("variant", FLASH_MLA.values(), ids=FLASH_
 
 
 @each_variant
-def test_queries_before_the_first_key_see_nothing(
-    installed: Any, make_problem: Any, assert_right: Any, variant: Latent
-) -> None:
-    with installed(variant.folder):
-        problem = make_problem([4, 3, 2], [2, 3, 0])
-        out, lse = problem.run(variant.make())
-        assert_right((out, lse), problem.truth())
-        assert (out[[0, 1, 7, 8]] == 0).all()
-        assert (lse[[0, 1, 7, 8]] == -torch.inf).all()
-
-
-@each_variant
 def test_long_prompts_keep_within_the_rows_a_plan_can_hold(
     installed: Any, make_problem: Any, assert_right: Any, variant: Latent
 ) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from kernel_adapters import Launches
 
 from mla.cache.formats import find_format, given_back
 from mla_backends.api import format_refusals
@@ -30,14 +29,6 @@ def pages(table: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
     """Return the first pages of each row, as a plan gathers them."""
     rows = tuple(row * table.shape[1] for row in range(len(counts)))
     return table.reshape(-1).index_select(0, flashinfer._places(rows, counts, table.device))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_workspace() -> Any:
-    """Do without 128 MiB that the fakes never touch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
-        yield
 
 
 def test_a_strided_log_sum_exp(installed: Any, make_problem: Any, assert_right: Any) -> None:
@@ -123,18 +114,6 @@ def test_a_capture_is_refused(installed: Any, make_problem: Any, monkeypatch: py
         for call in (lambda: problem.run(op, state), lambda: op.prepare(problem.spec, problem.view)):
             with pytest.raises(KernelRefused, match="plans on the host"):
                 call()
-
-
-class Launches(TorchDispatchMode):
-    """Counts operations by name."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("counts", [(0, 0), (3,), (0, 2, 0, 1), (4, 4, 4), (1, 0)])

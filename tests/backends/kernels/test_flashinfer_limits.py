@@ -23,9 +23,8 @@ each_release = pytest.mark.parametrize("release", RELEASES)
 
 @pytest.fixture(autouse=True, scope="module")
 def hopper() -> Any:
-    """Let the CPU have a Hopper's multiprocessors, and a small workspace."""
+    """Let the CPU have a Hopper's multiprocessors."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
         patch.setattr(flashinfer, "multiprocessors", lambda device: 132)
         yield
 

@@ -21,7 +21,6 @@ from mla_backends.kernels import (
     SdpaExpanded,
     TokenspeedMla,
     TorchVarlen,
-    flashinfer,
 )
 
 PADDED = LatentLimits(heads=(8,), pads_heads_to=(8,), lse_layout="tokens_first", empty_rows=False)
@@ -54,11 +53,6 @@ def held(owner: object) -> list[torch.Tensor]:
     elif type(owner).__module__.startswith("mla") and not dataclasses.is_dataclass(owner):
         owners += held({name: part for name, part in vars(owner).items() if name not in READ})
     return owners
-
-
-@pytest.fixture(autouse=True)
-def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
 
 
 @order

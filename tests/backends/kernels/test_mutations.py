@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from judged import judged_op
+from kernel_adapters import MATE
 
 from mla_backend_moore.kernels import MATE_SPARSE
 from mla_backends import FusedOp
@@ -23,7 +24,6 @@ from mla_backends.kernels import (
     IxformerMla,
     LatentLimits,
     PagedLatentOp,
-    flashinfer,
     latent,
     sparse,
 )
@@ -31,12 +31,6 @@ from mla_backends.kernels.paged import Launch
 
 WRONG = r"worst (row|lse) error|NaN or infinity"
 FAILS = (AssertionError, RuntimeError)
-MATE = LatentLimits(
-    heads=(8, 16, 32, 64, 128),
-    pads_heads_to=(8, 16, 32, 64, 128),
-    lse_layout="tokens_first",
-    empty_rows=False,
-)
 
 
 class Altered:
@@ -193,7 +187,7 @@ class RowsOfNothing(FlashInferSparse):
     """What a row that selects nothing gives is left as it comes."""
 
     def __init__(self) -> None:
-        super().__init__(replace(sparse.TRTLLM_LIMITS, empty_rows=True))
+        super().__init__(replace(self.limits, empty_rows=True))
 
 
 def mate(**limits: Any) -> Any:
@@ -219,7 +213,7 @@ SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
         )
     },
     "heads not padded": (
-        "nvidia_sgl", "formula", lambda: FlashMlaSparse(replace(sparse.LIMITS, heads=None))
+        "nvidia_sgl", "formula", lambda: FlashMlaSparse(replace(FlashMlaSparse.limits, heads=None))
     ),
     "mate: heads not padded": ("moore_mate", "formula", lambda: mate(heads=None)),
     "mate: not padded": ("moore_mate", "formula", lambda: altered(mate(), PREFILL, unpadded)),
@@ -243,7 +237,7 @@ SPARSE_MUTANTS: dict[str, tuple[str, str, Callable[[], FusedOp]]] = {
         )
     },
     "flashinfer: heads not padded": (
-        "flashinfer_07", "drawn", lambda: FlashInferSparse(replace(sparse.TRTLLM_LIMITS, max_heads=None))
+        "flashinfer_07", "drawn", lambda: FlashInferSparse(replace(FlashInferSparse.limits, max_heads=None))
     ),
 }  # fmt: skip
 
@@ -253,7 +247,6 @@ def test_the_suite_fails_a_wrong_adapter_of_sparse_attention(
     installed: Any, monkeypatch: pytest.MonkeyPatch, mutant: str
 ) -> None:
     folder, check, make = SPARSE_MUTANTS[mutant]
-    monkeypatch.setattr(sparse, "WORKSPACE_BYTES", 1024)
     for adapter in (FlashMlaSparse, FlashInferSparse):
         monkeypatch.setattr(adapter, "preflight", lambda self, spec: [])  # which finds most of them
     with installed(folder):
@@ -309,7 +302,7 @@ IXFORMER_MUTANTS: dict[str, Callable[[], FusedOp]] = {
     ),
     "scale": Scaled,
     "base": BaseTwo,
-    "empty rows launched": lambda: IxformerMla(replace(latent.IXFORMER_LIMITS, empty_rows=True)),
+    "empty rows launched": lambda: IxformerMla(replace(IxformerMla.limits, empty_rows=True)),
 }
 
 
@@ -375,11 +368,6 @@ class Shared(FlashInferMla):
         return pool
 
 
-@pytest.fixture(autouse=True)
-def small_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1024)
-
-
 @pytest.mark.parametrize("release", ["flashinfer", "flashinfer_07"])
 @pytest.mark.parametrize("mutant", [Unconverted, PlannedOnce, Unmasked, StaleEmpty, WholeTable, Shared])
 def test_the_check_fails_a_wrong_flashinfer(
@@ -440,6 +428,3 @@ def test_the_check_fails_a_wrong_varlen(
         check_expanded(run_expanded, assert_right, FlashAttnVarlen())
         with pytest.raises(AssertionError, match=WRONG):
             check_expanded(run_expanded, assert_right, mutant())
-
-
-# ------------------------------------------------------------------------------- what graphs would freeze

@@ -19,7 +19,8 @@ from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
 SPEC = AttentionSpec(3, 32, 16, 8, 12, 0.3, torch.float32, CPU)
-Segments = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=4)
+Lengths = st.tuples(st.integers(0, 9), st.integers(0, 40)).map(lambda pair: (pair[0], sum(pair)))
+Segments = st.lists(Lengths | st.tuples(st.integers(0, 9), st.just(0)), min_size=1, max_size=4)
 
 
 @settings(max_examples=40, deadline=None)

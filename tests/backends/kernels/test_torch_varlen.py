@@ -17,7 +17,6 @@ from smaller_cases import make_smaller
 from mla import MLA, MLAConfig
 from mla_backends.api import SegmentLengths
 from mla_backends.kernels import SdpaExpanded, TorchVarlen, VarlenLimits
-from mla_backends.kernels.expanded import TORCH_LIMITS
 from mla_backends.testing import HostBackend
 
 FOLDER = "flash_attn_2"  # any: the stand-ins are in what all folders share
@@ -176,8 +175,8 @@ class ValuesBehind(TorchVarlen):
 def test_the_preflight_fails_what_is_wrong(stacked: Any, make_spec: Any, mutant: type[TorchVarlen]) -> None:
     """It stands between an undocumented stack and wrong results, so it must see every kind of them."""
     with stacked("cuda"):
-        assert TorchVarlen(TORCH_LIMITS).preflight(make_spec()) == []
-        (reason,) = mutant(TORCH_LIMITS).preflight(make_spec())
+        assert TorchVarlen().preflight(make_spec()) == []
+        (reason,) = mutant().preflight(make_spec())
     assert reason.startswith("torch's own flash attention gives ")
     assert (
         "(without a mask) on a tiny" if mutant in (AlwaysMask, StaleLogs) else "(causal) on a tiny"
