@@ -61,9 +61,9 @@ class Release:
         if () < tuple(map(int, re.findall(r"\d+", version)[:3])) < OLDEST:
             why = f"flashinfer {version} reads other pages in large caches: use 0.6.11 or newer"
             return [self.vendor.with_hint(why)]
-        plan = ("metadata", *PLAN) if self._structured else (*FLAT, *PLAN)
-        run = (*(PAIRS if self.takes("run", *PAIRS) else PARTS), *RUN)
-        wanted = {"plan": plan, "run": run}
+        tables = ("metadata",) if self._structured else FLAT
+        operands = PAIRS if self.takes("run", *PAIRS) else PARTS
+        wanted = {"plan": (*tables, *PLAN), "run": (*operands, *RUN)}
         return [
             self.vendor.with_hint(reason)
             for method, names in wanted.items()
@@ -94,11 +94,11 @@ class Release:
             return dict(plan)
         given = {name: value for name, value in plan.items() if name not in FLAT}
         tables = getattr(self.vendor, TABLES).csr(**{name: plan[name] for name in FLAT})
-        layouts = {name: value for name, value in LAYOUTS.items() if self.takes("plan", name)}
-        modes = {"lse_mode": "basee" if lse else "none"} if self.declares_lse else {}
-        if "float8" in str(plan["kv_data_type"]) and self.takes("plan", "scale_mode"):
-            modes["scale_mode"] = "kv-per-tensor"
-        return {"metadata": tables, **given, **layouts, **modes}
+        options = {**LAYOUTS, "lse_mode": "basee" if lse else "none"}
+        if "float8" in str(plan["kv_data_type"]):
+            options["scale_mode"] = "kv-per-tensor"
+        taken = {name: value for name, value in options.items() if self.takes("plan", name)}
+        return {"metadata": tables, **given, **taken}
 
     def run_arguments(
         self, q: torch.Tensor, cache: torch.Tensor, latent: int, scale: float | None

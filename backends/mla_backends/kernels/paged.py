@@ -11,7 +11,7 @@ import math
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -51,6 +51,8 @@ class Group:
     longest: int  # the most keys of a row
     has_empty: bool  # some row sees no key
     follows_batch: bool  # the tables are the batch's own, so a captured graph sees what they are updated to
+    given_lens: torch.Tensor  # [rows] int32: kv_lens, or as the kernel takes them once it is planned
+    plan: Any = None  # the vendor's
 
 
 def cut(query_lens: Sequence[int], kv_lens: Sequence[int], most: int | None) -> Iterator[Row]:
@@ -92,7 +94,8 @@ def _group(rows: Sequence[Row], index: torch.Tensor | None, batch: BatchView) ->
         table, kv_lens = table.index_select(0, index[0]), index[1].int()
         if any(row.first != first + i * queries for i, row in enumerate(rows)):
             tokens = (index[2][:, None] + torch.arange(queries, device=index.device)).view(-1)
-    return Group(len(rows), queries, tokens, table, kv_lens, max(keys), min(keys) == 0, index is None)
+    whole = index is None
+    return Group(len(rows), queries, tokens, table, kv_lens, max(keys), min(keys) == 0, whole, kv_lens)
 
 
 # ------------------------------------------------------------------------------------------- limits
@@ -179,19 +182,10 @@ class LatentLimits:
 # -------------------------------------------------------------------------------------------- paged
 # What kernels for absorbed attention over pages share: rows planned, queries laid out, results written.
 @dataclass(frozen=True)
-class Part:
-    """One launch of a planned batch."""
-
-    group: Group
-    kv_lens: torch.Tensor  # [rows] int32, as the kernel is given them
-    plan: Any  # the vendor's
-
-
-@dataclass(frozen=True)
 class PagedState:
     """A planned batch: valid as long as the batch is, for every layer with the same spec."""
 
-    parts: tuple[Part, ...]
+    groups: tuple[Group, ...]
     heads: int  # what the kernel is given, padding included
     capturable: bool = True
     captured: bool = False  # planned inside a graph, which plans anew whenever it is replayed
@@ -199,7 +193,7 @@ class PagedState:
     @property
     def graph_safe(self) -> bool:
         """Whether a captured call follows the batch when its lengths are updated in place."""
-        return self.capturable and all(part.group.follows_batch for part in self.parts)
+        return self.capturable and all(group.follows_batch for group in self.groups)
 
 
 @dataclass(frozen=True)
@@ -242,18 +236,18 @@ class PagedLatentOp(VendorOp):
         """Plan the batch without waiting for the device."""
         heads = self.limits.padded_heads(spec.num_heads) or spec.num_heads
         captured, cuts = capturing(spec.device), groups(batch, self.limits.queries_per_row(heads))
-        parts = tuple(self._part(group, heads, batch.page_size, captured) for group in cuts)
-        return PagedState(parts, heads, self.limits.graph, captured)
+        planned = tuple(self._planned(group, heads, batch.page_size, captured) for group in cuts)
+        return PagedState(planned, heads, self.limits.graph, captured)
 
-    def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:
-        kv_lens = self._lens(group, captured)
-        return Part(group, kv_lens, self.plan(kv_lens, group.queries * heads))
+    def _planned(self, group: Group, heads: int, page_size: int, captured: bool) -> Group:
+        """Return the group with its plan and the lengths that the kernel takes.
 
-    def _lens(self, group: Group, captured: bool) -> torch.Tensor:
-        """Return lengths the kernel takes; a replay may find rows empty that are not empty now."""
+        A replay may find rows empty that are not empty now.
+        """
+        lens = group.kv_lens
         if not self.limits.empty_rows and (group.has_empty or captured):
-            return group.kv_lens.clamp(min=1)  # what such a row gives is overwritten
-        return group.kv_lens
+            lens = lens.clamp(min=1)  # what such a row gives is overwritten
+        return replace(group, given_lens=lens, plan=self.plan(lens, group.queries * heads))
 
     def plan(self, kv_lens: torch.Tensor, query_rows: int) -> Any:
         """Build what the vendor shares between calls, for rows with `query_rows` query heads in total."""
@@ -272,16 +266,15 @@ class PagedLatentOp(VendorOp):
         captured = capturing(q.device)
         if captured:
             self._check_capture(state)
-        for part in state.parts:
+        for group in state.groups:
             if captured != state.captured:  # the plan is of another time than this launch
-                part = self._part(part.group, state.heads, cache.shape[1], captured=True)
-            group = part.group
+                group = self._planned(group, state.heads, cache.shape[1], captured=True)
             table = group.block_table.contiguous()  # not every kernel is known to read its strides
             call = Launch(
                 q=self._queries(group, state.heads, q, captured),
                 cache=cache,
                 block_table=table,
-                kv_lens=part.kv_lens,
+                kv_lens=group.given_lens,
                 longest=table.shape[1] * cache.shape[1] if captured else max(1, group.longest),
                 scale=float(softmax_scale),
                 latent=out.shape[2],
@@ -289,7 +282,7 @@ class PagedLatentOp(VendorOp):
                 captured=captured,
                 with_lse=lse is not None,
             )
-            self._write(group, call, self.launch(part.plan, call), out, lse)
+            self._write(group, call, self.launch(group.plan, call), out, lse)
 
     def _check_capture(self, state: PagedState) -> None:
         """Raise `KernelRefused` for what a replay would get wrong."""

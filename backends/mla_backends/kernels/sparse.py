@@ -145,11 +145,10 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
         if not plan.spec.cache_format:
             return self._of_numbers(call)
         width = call.longest
-        if call.captured:  # a plan that lives as long as the graph
-            return self._of_bytes(self._planned(call.q, width), call)
-        if width not in plan.plans:
-            plan.plans[width] = self._planned(call.q, width)
-        return self._of_bytes(plan.plans[width], call)
+        plans = {} if call.captured else plan.plans  # what is captured lives as long as the graph
+        if width not in plans:
+            plans[width] = self._planned(call.q, width)
+        return self._of_bytes(plans[width], call)
 
     def _planned(self, q: torch.Tensor, width: int) -> Any:
         """Return the plan and splits of q [T, h, c + r]: of shapes alone, or an object that a call fills."""

@@ -31,7 +31,6 @@ from mla_backends.kernels.paged import (
     Launch,
     PagedLatentOp,
     PagedState,
-    Part,
     Result,
 )
 from mla_backends.kernels.vendor import KernelRefused, VendorOp, is_aligned, multiprocessors
@@ -91,9 +90,9 @@ class TokenspeedMla(Tokenspeed, PagedLatentOp):
         self._workspace(batch.block_table)  # memory that a graph uses is not taken while it is captured
         return super().prepare(spec, batch)
 
-    def _part(self, group: Group, heads: int, page_size: int, captured: bool) -> Part:
-        part = super()._part(group, heads, page_size, captured)
-        return replace(part, plan=own_pages(group.block_table, part.kv_lens, page_size))
+    def _planned(self, group: Group, heads: int, page_size: int, captured: bool) -> Group:
+        group = super()._planned(group, heads, page_size, captured)
+        return replace(group, plan=own_pages(group.block_table, group.given_lens, page_size))
 
     def launch(self, plan: Any, call: Launch) -> Result:
         if not is_aligned(call.cache):

@@ -133,7 +133,7 @@ class VendorOp(FusedOp):
         self._vendor = VendorModule(module or self.module, self.needs, install)
         self.limits = limits or self.limits
         self.compiles = compiles or self.compiles
-        self.cure = cure or self.cure or (self.tried and (install or OTHER_OPS)) or ""
+        self.cure = cure or self.cure or (install or OTHER_OPS if self.tried else "")
         self._scratch = Scratch()
 
     def _call(self, name: str, record: object, more: Mapping[str, Any], **options: Any) -> Any:

@@ -65,9 +65,9 @@ def test_a_decode_step_uses_the_batchs_own_memory(installed: Any, make_problem: 
     """Neither tables nor queries are copied, and nothing of the adapter's own grows."""
     with installed("nvidia_c"):
         op, problem = FLASH_MLA["nvidia_c"].make(), make_problem([2, 2], [33, 64])
-        (part,) = op.prepare(problem.spec, problem.view).parts
-        assert part.group.block_table is problem.view.block_table
-        assert part.kv_lens is problem.view.kv_lens_device
+        (group,) = op.prepare(problem.spec, problem.view).groups
+        assert group.block_table is problem.view.block_table
+        assert group.given_lens is problem.view.kv_lens_device
         problem.run(op)
         assert not op._scratch._held
 

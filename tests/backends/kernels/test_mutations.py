@@ -269,11 +269,11 @@ def steps_forgotten(op: PagedLatentOp) -> PagedLatentOp:
             tuple(row.tolist()): int(n)
             for row, n in zip(batch.block_table, batch.kv_lens_device, strict=True)
         }
-        parts = []
-        for part in state.parts:
-            keys = torch.tensor([lens[tuple(row.tolist())] for row in part.group.block_table]).int()
-            parts.append(replace(part, kv_lens=keys.clamp(min=1), group=replace(part.group, longest=999)))
-        return replace(state, parts=tuple(parts))
+        groups = []
+        for group in state.groups:
+            keys = torch.tensor([lens[tuple(row.tolist())] for row in group.block_table]).int()
+            groups.append(replace(group, given_lens=keys.clamp(min=1), longest=999))
+        return replace(state, groups=tuple(groups))
 
     op.prepare = wrong  # type: ignore[method-assign]
     return op

@@ -26,14 +26,10 @@ import fake_kernels
 import torch
 from fake_kernels import check
 
-__all__ = ["get_num_sm", "tokenspeed_mla_decode", "tokenspeed_mla_prefill"]
+__all__ = ["tokenspeed_mla_decode", "tokenspeed_mla_prefill"]
 
 MULTIPROCESSORS = 148
 TILE = 128
-
-
-def get_num_sm(device):
-    return MULTIPROCESSORS
 
 
 def check_device():

@@ -12,4 +12,4 @@ def _unavailable(*args, **kwargs):
     raise ImportError("tokenspeed_mla requires the NVIDIA CuTe DSL runtime dependencies.") from _IMPORT_ERROR
 
 
-get_num_sm = tokenspeed_mla_decode = tokenspeed_mla_prefill = _unavailable
+tokenspeed_mla_decode = tokenspeed_mla_prefill = _unavailable
