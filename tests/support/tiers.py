@@ -84,7 +84,7 @@ EVERYDAY: tuple[str, ...] = (
     r"tests/peers/test_run.py::test_(the|memory|workloads)",
     r"tests/bench/scaffold/test_new_backend.py::test_a",
     r"tests/backends/emulation/test_process.py::test_the_command_line_writes_a_checked_result",
-    r"tests/bench/opponents/test_clocks",
+    r"tests/bench/opponents/test_late.py::test_a_device_clock",
     r"tests/parallel/test_ranks.py::test_every_layout_equals_one_device\[2\]",
     r"tests/integrations/test_ways.py::test_tokens_are_the_same_on_every_cache\[.*-greedy",
     r"tests/bench/report/test_page.py::test_a_(rich|wrong|doubtful)",

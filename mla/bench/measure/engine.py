@@ -210,12 +210,12 @@ class _Engine:
         name, first_ms = runner.implementation.name, self.hooks.first_ms
         first, measurement = self.measurements.get(self.first), self.measurements[name]
         if first is not None and first.check.status == "ok":
-            first_ms = first.typical_ms or 0.0
-        if name == self.first or not first_ms or not measurement.warm_ms:
+            first_ms = first.warmup.typical_ms or 0.0
+        if name == self.first or not first_ms or not measurement.warmup.ms:
             return
         waiting = len(self.implementations) - len(self.times.headlines)  # this one included
         most, added = self.times.forwards(runner, waiting), name in self.hooks.added
-        less = shortened(self.scenario, self.variants.timed, first_ms, measurement.warm_ms, most, added)
+        less = shortened(self.scenario, self.variants.timed, first_ms, measurement.warmup.ms, most, added)
         if less is not None:
             runner.steps, whole = less, runner.steps
             measurement.due = less.passes
@@ -288,11 +288,9 @@ class _Engine:
 
     def _check_variant(self, runner: PassRunner, forward_s: float) -> None:
         implementation, samples, start = runner.implementation, runner.samples, self.target.now()
-        if not self.times.variant_fits(runner, forward_s):
-            samples.check = Check(status="not run", reason=NO_TIME)
-            return
-        if reason := self.hooks.should_stop(2 * forward_s * len(runner.steps.run), "its check"):
-            samples.check = Check(status="not run", reason=reason)
+        reason = "" if self.times.variant_fits(runner, forward_s) else NO_TIME
+        if reason := reason or self.hooks.should_stop(2 * forward_s * len(runner.steps.run), "its check"):
+            samples.check.reason = reason
             return
         runner.run(next(self.untimed), self.hooks.heartbeat)
         self.tick("checking", implementation, len(runner.steps.run))
@@ -319,9 +317,7 @@ class _Engine:
         result = warm_up(runner.forwards, each, least, runner.time_step, self.untimed, tick, must)
         runner.ms = result.ms or 0.0
         if runner.headline:
-            measurement = self.measurements[implementation.name]
-            measurement.warmups, measurement.settled = result.forwards, result.settled
-            measurement.warm_ms, measurement.typical_ms = result.ms, result.typical_ms
+            self.measurements[implementation.name].warmup = result
             if len(ends) > 1:
                 runner.forward_s = median(after - before for before, after in pairwise(ends))
 

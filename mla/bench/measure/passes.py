@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mla.bench.measure.samples import Samples
+from mla.bench.measure.samples import Samples, WarmupResult
 from mla.bench.measure.variants import HEADLINE, Steps
 from mla.bench.subjects.base import Implementation
 from mla.errors import MLAError
@@ -161,16 +161,6 @@ WINDOW, SETTLED = 5, 0.05
 MAX_EXTRA, WARMUP_S = 100, 2.0
 # Forwards that run however long they take.
 MIN_WARMUPS = 2
-
-
-@dataclass(frozen=True)
-class WarmupResult:
-    """How a warm-up went. `settled` is None when none was asked for, or too few were run to tell."""
-
-    forwards: int = 0
-    settled: bool | None = None
-    ms: float | None = field(default=None, compare=False)  # of the fastest forward after the first one
-    typical_ms: float | None = field(default=None, compare=False)  # their median
 
 
 def warm_up(

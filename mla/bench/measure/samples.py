@@ -47,6 +47,16 @@ class Samples:
         self.after_switch.clear()
 
 
+@dataclass(frozen=True)
+class WarmupResult:
+    """How a warm-up went. `settled` is None when none was asked for, or too few were run to tell."""
+
+    forwards: int = 0
+    settled: bool | None = None
+    ms: float | None = field(default=None, compare=False)  # of the fastest forward after the first one
+    typical_ms: float | None = field(default=None, compare=False)  # their median
+
+
 @dataclass
 class Measurement:
     """Everything measured of one implementation: samples of the headline and of the other variants."""
@@ -57,10 +67,7 @@ class Measurement:
     refused: bool = False  # by an op: the check says why
     transient_bytes: int | None = None
     due: int | None = None  # passes, where they are fewer than planned, or shorter
-    warmups: int = 0
-    warm_ms: float | None = None  # of the fastest forward of the warm-up after its first
-    typical_ms: float | None = None  # their median
-    settled: bool | None = None  # whether the warm-up saw latencies settle; None: there was none, or too few
+    warmup: WarmupResult = WarmupResult()
     device_state: list[dict[str, str]] = field(default_factory=list)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)  # of the first pass, by forward
     doubts: list[str] = field(default_factory=list)  # why the times cannot be right
@@ -119,7 +126,7 @@ def fill(case: Case, scenario: Scenario, measurement: Measurement, facts: Facts)
     """Fill `case` with everything that was measured."""
     case.check, case.interrupted = measurement.check, measurement.interrupted
     case.passes, case.clock = len(measurement.passes), measurement.headline.clock
-    case.warmups, case.settled = measurement.warmups, measurement.settled
+    case.warmups, case.settled = measurement.warmup.forwards, measurement.warmup.settled
     case.device_state, case.new_lengths = measurement.device_state, measurement.new_lengths
     case.timings = [_timing(samples, scenario.layers) for samples in measurement.others]
     due = measurement.due or scenario.rounds

@@ -6,7 +6,7 @@ forward) and a clock (the host's, or the device's own). Eager, warm, host is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
@@ -100,12 +100,8 @@ def available(wanted: Wanted, backend: Backend) -> Variants:
     were requested.
     """
     values: dict[str, list[Any]] = {name: list(wanted.get(name, known)) for name, known in WAYS.items()}
-    lacks: dict[tuple[str, str], Callable[[], str]] = {
-        ("clock", "device"): lambda: _no_timer(backend),
-        ("mode", "graph"): lambda: _no_graphs(backend),
-    }
-    for (name, value), why in lacks.items():
-        if value in values[name] and (problem := why()):
+    for name, value, why in (("clock", "device", _no_timer), ("mode", "graph", _no_graphs)):
+        if value in values[name] and (problem := why(backend)):
             if name in wanted:
                 raise VariantError(f"{problem} (required by --{name} {value}).")
             values[name].remove(value)

@@ -16,7 +16,6 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from time import perf_counter_ns as now_ns
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -123,10 +122,8 @@ class Crew(Ranks):
     def __enter__(self) -> Crew:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:  # else the others are told why, and a library may wait for ranks that are not there
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:  # else the others are told why, and a library may wait for ranks that are not there
             self._pulse.close()  # first: rank 0 may be gone before this one has ended its libraries
             dist.destroy_process_group()
 

@@ -122,7 +122,7 @@ class ScenarioRun:
             if measurement.check.status in ("ok", "doubtful"):
                 self.outputs[name] = measurement.outputs
             if measurement.check.status == "ok" and name == self._first:
-                self._first_ms = measurement.typical_ms or 0.0
+                self._first_ms = measurement.warmup.typical_ms or 0.0
             if measurement.refused:
                 self.refuse(name, measurement.check.reason)
         self._progress(f"{self._point.name}: limits of the device", 0)

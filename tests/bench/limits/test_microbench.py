@@ -15,6 +15,7 @@ import mla
 from mla.bench.limits import microbench
 from mla.bench.limits.microbench import Microbenchmark, Way, grown, no_garbage_collection, per_call
 from mla.bench.results.schema import Ceiling
+from mla.bench.run.ceilings import footprints
 from mla.command import console
 from mla.reference import REFERENCE
 from mla_backends.testing import HostBackend
@@ -337,3 +338,21 @@ def test_the_garbage_collector_is_off_as_it_is_while_forwards_are_timed(enabled:
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+@pytest.mark.parametrize(
+    ("cache", "free", "powers"),
+    [
+        (32 << 20, None, [18, 20, 22, 24, 26, 27]),  # 4 caches are 128 MiB
+        (1 << 20, None, [18, 20, 22]),
+        (None, None, [18, 20, 22, 24, 26, 28, 30]),
+        (32 << 20, 40 << 20, [18, 20, 22, 23]),  # a quarter of memory is 10 MiB
+        (60 << 20, 1 << 40, [18, 20, 22, 24, 26, 27]),
+        (260 << 20, 1 << 40, [18, 20, 22, 24, 26, 28, 30]),
+        (1, 1, [18]),
+    ],
+)
+def test_footprints_reach_from_the_smallest_beyond_the_cache(
+    cache: int | None, free: int | None, powers: list[int]
+) -> None:
+    assert footprints(cache, free) == [1 << power for power in powers]

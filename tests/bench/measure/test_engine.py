@@ -12,7 +12,7 @@ from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
 from mla.bench.measure import engine, evidence, passes
 from mla.bench.measure.engine import Hooks
-from mla.bench.measure.passes import PassRunner
+from mla.bench.measure.passes import PassRunner, WarmupResult
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario
@@ -266,7 +266,7 @@ def test_sensors_are_read_around_all_passes_and_never_between(decode: Bench) -> 
 def test_warm_ups_are_timed_apart_and_restore_where_a_pass_ends(make_bench: MakeBench) -> None:
     bench = make_bench(msgspec.structs.replace(DECODE, warmups=7))
     result = bench.measure(bench.parrot("a"))["a"]
-    assert (result.warmups, result.settled) == (63, False)  # 1 + 2 + ... + 63 ms are more than 2 s
+    assert result.warmup == WarmupResult(63, False)  # 1 + 2 + ... + 63 ms are more than 2 s
     words = [what for _, what in bench.log if what in ("restore", "step")]
     whole = ["restore", "step", "step", "step"]
     assert words[: 22 * 4] == whole * 22  # the last of them is checked

@@ -246,20 +246,16 @@ def test_a_warm_up_that_does_not_settle_is_said(virtual: Bench) -> None:
 # ------------------------------------------------------------------------------------------ the result
 
 
-def test_sensors_are_in_the_result(virtual: Bench) -> None:
-    virtual(*HEADLINE, sensors="1755,1200")
-    assert only_case().device_state == [
-        {"when": "before", "clock_mhz": "1755"},
-        {"when": "after", "clock_mhz": "1200"},
-    ]
-
-
-def test_a_sensor_that_breaks_costs_nothing(virtual: Bench) -> None:
-    assert virtual(*HEADLINE, sensors="1755,broken").code == 0
-    assert only_case().device_state[1] == {
-        "when": "after",
-        "sensors": "unknown (RuntimeError: the sensor does not answer)",
-    }
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ("1200", {"clock_mhz": "1200"}),
+        ("broken", {"sensors": "unknown (RuntimeError: the sensor does not answer)"}),
+    ],
+)
+def test_sensors_are_in_the_result_and_cost_nothing(virtual: Bench, after: str, said: dict[str, str]) -> None:
+    assert virtual(*HEADLINE, sensors=f"1755,{after}").code == 0
+    assert only_case().device_state == [{"when": "before", "clock_mhz": "1755"}, {"when": "after", **said}]
 
 
 def test_a_repro_line_repeats_the_variants(virtual: Bench) -> None:

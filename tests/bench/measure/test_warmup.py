@@ -52,12 +52,6 @@ def test_it_takes_two_windows_to_see_that_forwards_have_settled() -> None:
     assert script.ticks == [1] + [0] * (2 * WINDOW - 1)
 
 
-def test_a_slow_start_is_waited_for() -> None:
-    """20 forwards at twice the time: both windows must lie mostly behind them."""
-    assert Script([2.0] * 20).warm_up(18) == WarmupResult(18, True)  # nothing has changed yet
-    assert Script([2.0 - 0.05 * i for i in range(20)]).warm_up(10) == WarmupResult(27, True)
-
-
 def test_zero_asks_for_none() -> None:
     script = Script([])
     assert script.warm_up(0) == WarmupResult(0, None)
@@ -71,12 +65,32 @@ def test_what_never_settles_ends_at_the_limit() -> None:
     assert Script(changing * 20 + alternating).warm_up(3).forwards <= 3 + MAX_EXTRA
 
 
-def test_a_hang_ends_the_warm_up_as_soon_as_a_few_were_run() -> None:
-    hang = 1e3 * WARMUP_S
-    growing = [1.2**i for i in range(8)]
-    assert Script([1.0, hang, *growing]).warm_up(4) == WarmupResult(MIN_WARMUPS, False)
-    assert Script([hang, hang, *growing]).warm_up(1) == WarmupResult(MIN_WARMUPS, True)
-    assert Script([*growing, hang, 1e5]).warm_up(4) == WarmupResult(9, False)
+HANG, GROWING = 1e3 * WARMUP_S, [1.2**i for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("samples", "least", "ran", "settles"),
+    [
+        # A slow start is waited for: both windows must lie mostly behind 20 forwards at twice the time.
+        ([2.0] * 20, 18, 18, True),  # nothing has changed yet
+        ([2.0 - 0.05 * i for i in range(20)], 10, 27, True),
+        # A hang ends the warm-up as soon as a few were run.
+        ([1.0, HANG, *GROWING], 4, MIN_WARMUPS, False),
+        ([HANG, HANG, *GROWING], 1, MIN_WARMUPS, True),
+        ([*GROWING, HANG, 1e5], 4, 9, False),
+        # Long forwards have fewer and shorter windows: what the first one loads does not count.
+        ([1500.0, 2000.0], 10, MIN_WARMUPS, False),
+        ([2500.0] + [2000.0] * 20, 10, MIN_WARMUPS, None),
+        ([1200.0] + [1000.0] * 20, 10, 3, True),
+        ([700.0, 950.0, 1050.0], 10, 3, False),
+        ([280.0] * 20, 10, 9, True),
+        ([380.0] * 4 + [200.0] * 9, 10, 9, False),
+    ],
+)
+def test_it_ends_once_forwards_have_settled_or_took_too_long(
+    samples: list[float], least: int, ran: int, settles: bool | None
+) -> None:
+    assert Script(samples).warm_up(least) == WarmupResult(ran, settles)
 
 
 def test_a_first_forward_that_compiles_ends_no_warm_up_and_is_no_measure() -> None:
@@ -90,17 +104,6 @@ def test_a_count_that_was_asked_for_is_run_whatever_it_takes() -> None:
     assert Script(slow).warm_up(10).forwards == MIN_WARMUPS
     assert Script(slow).warm_up(10, must=10) == WarmupResult(10, False)
     assert Script([3000.0] * 12).warm_up(10, must=10) == WarmupResult(10, True)
-
-
-def test_long_forwards_have_fewer_and_shorter_windows() -> None:
-    """Ten of them would take ten seconds; what the first one loads does not count."""
-    assert Script([1500.0, 2000.0]).warm_up(10) == WarmupResult(MIN_WARMUPS, False)
-    few = Script([2500.0] + [2000.0] * 20).warm_up(10)
-    assert (few, few.ms) == (WarmupResult(MIN_WARMUPS, None), 2000.0)
-    assert Script([1200.0] + [1000.0] * 20).warm_up(10) == WarmupResult(3, True)
-    assert Script([700.0, 950.0, 1050.0]).warm_up(10) == WarmupResult(3, False)
-    assert Script([280.0] * 20).warm_up(10) == WarmupResult(9, True)
-    assert Script([380.0] * 4 + [200.0] * 9).warm_up(10) == WarmupResult(9, False)
 
 
 def test_a_decode_pass_that_is_over_is_restored() -> None:

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 from opponents.base import Call, Opponent, Sequences
-from opponents.clocks import LyingTimer
 from opponents.honest import Compiles, Noisy, Polls, Rounds, Threads
-from opponents.late import Late
+from opponents.late import Late, LyingTimer
 from opponents.limits import SlowWait
 
 Play = Callable[..., Any]

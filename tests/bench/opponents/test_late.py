@@ -1,4 +1,4 @@
-"""Work that is finished after its clock has stopped is found, wherever it is finished."""
+"""Work that its clock does not see is found: done before the start or after the stop, or told shorter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from opponents.late import COPIES, HastyClock, Late
+from opponents.ahead import Ahead
+from opponents.late import COPIES, HastyClock, Late, LyingTimer
 
 Play = Callable[..., Any]
 
@@ -51,4 +52,30 @@ def test_an_op_alone_that_is_late(play: Play, waits: str) -> None:
 
 def test_a_device_timer_that_reads_before_it_waits(play: Play) -> None:
     duel = play(HastyClock(), ways=("--mode", "eager", "--cache", "warm"))
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+@pytest.mark.parametrize("whole", [False, True], ids=["the next forward", "the whole pass"])
+def test_a_forward_that_is_computed_while_the_runner_waits(play: Play, whole: bool, scenario: str) -> None:
+    opponent = Ahead(whole)
+    duel = play(opponent, scenario)
+    assert duel.lost or opponent.hardly_eased, str(duel)
+
+
+BOTH = ("--mode", "eager", "--cache", "warm", "--clock", "host,device")
+
+
+@pytest.mark.parametrize(
+    ("lie", "scenario"),
+    [
+        ("divides by 10", "prefill"),
+        ("divides by 3", "decode"),
+        ("says 0.69 of it", "decode"),
+        ("multiplies by 10", "decode"),
+        ("constant", "prefill"),
+    ],
+)
+def test_a_device_clock_that_contradicts_the_hosts(play: Play, lie: str, scenario: str) -> None:
+    duel = play(LyingTimer(device=lie), scenario, ways=BOTH)
     assert duel.lost, str(duel)

@@ -1,12 +1,14 @@
-"""Every forward of every pass counts: nobody can know which of them is looked at."""
+"""Every forward and every replay of every pass counts: nobody can know which of them is looked at."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
-from opponents.lazy import WHEN, Lazy, LazySequence
+from opponents.graphs import EmptyReplays, FlakyReplays, Graphs
+from opponents.lazy import WHEN, Flaky, Lazy, LazySequence
 
 Play = Callable[..., Any]
 # Like others that are tried.
@@ -60,3 +62,66 @@ def test_a_repeated_forward_in_one_call_that_does_nothing(play: Play, every: int
     duel = play(opponent, "prefill")
     assert opponent.gains
     assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize(
+    ("bug", "scenario"),
+    [
+        ({"every": 5}, "prefill"),
+        ({"every": 10, "row": 3}, "prefill"),
+        ({"every": 10, "row": 3}, "decode"),
+        ({"every": 5, "by_chance": True}, "prefill"),
+        ({"every": 10, "row": 0, "factor": 1.5}, "decode"),
+        ({"every": 30, "row": 7, "factor": -1.0}, "prefill"),
+        ({"every": 25, "factor": 0.0, "after": 40}, "decode"),
+        ({"every": 10, "row": 2, "factor": float("inf")}, "prefill"),
+    ],
+    ids=str,
+)
+def test_a_forward_that_is_spoilt_now_and_then(play: Play, bug: dict[str, Any], scenario: str) -> None:
+    opponent = Flaky(**bug)
+    duel = play(opponent, scenario)
+    assert opponent.gains, "it really spoilt something"
+    assert duel.lost, str(duel)
+    assert duel.case().check.status == "wrong"
+
+
+def test_it_is_found_beside_the_reference_which_keeps_its_number(play: Play) -> None:
+    duel = play(Flaky(10, row=5), implementations="mla,mla-reference")
+    assert duel.lost, str(duel)
+    assert duel.case("mla-reference").latency_ms is not None
+    assert duel.code == 4
+
+
+GRAPHS = ("--mode", "eager,graph", "--cache", "warm", "--clock", "host")
+
+
+@pytest.mark.parametrize(
+    ("opponent", "scenario"),
+    [
+        (partial(EmptyReplays, 2), "prefill"),
+        (partial(EmptyReplays, 2), "decode"),
+        (partial(EmptyReplays, 3, honest=12), "prefill"),
+        (partial(EmptyReplays, 1000, honest=20), "decode"),
+        (partial(FlakyReplays, 5), "decode"),
+        (partial(FlakyReplays, 10), "prefill"),
+    ],
+    ids=["2, prefill", "2, decode", "3", "the first 20", "1 in 5 spoilt", "1 in 10 spoilt"],
+)
+def test_a_replay_that_does_nothing_or_not_the_same(
+    play: Play, opponent: Callable[..., Graphs], scenario: str
+) -> None:
+    made = opponent(recorded=scenario == "prefill")
+    duel = play(made, scenario, ways=GRAPHS)
+    assert made.gains
+    assert duel.lost, str(duel)
+
+
+@pytest.mark.parametrize("scenario", ["prefill", "decode"])
+def test_an_honest_replay_keeps_its_number(play: Play, scenario: str) -> None:
+    opponent = Graphs(recorded=scenario == "prefill")
+    duel = play(opponent, scenario, ways=GRAPHS)
+    assert opponent.replays
+    assert duel.stands, str(duel)
+    (graph,) = duel.case().timings
+    assert graph.latency_ms is not None, graph

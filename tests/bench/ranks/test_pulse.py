@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,17 @@ def test_several_that_are_silent_are_named_together(run: Callable[[int], Ranks])
     assert str(error).startswith(f"{names}: no heartbeat for 0 s; killed, perhaps for lack of memory, ")
     assert error is not None
     assert (error.exit_code, error.common) == (3, False)
+
+
+def test_a_rank_that_is_lost_and_does_not_end_is_ended(
+    run: Callable[[int], Ranks], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its library may wait for ever for the one that is gone."""
+    monkeypatch.setattr(pulse, "GRACE", 0.1)
+    ranks, died = run(2), Queue[RanksError]()
+    ranks.zero.die = died.put
+    ranks.join(1)
+    assert died.get(timeout=TIMEOUT_S) is ranks.zero.lost
 
 
 def test_a_word_comes_before_silence_and_is_heard_before_all_seem_to_be_there(

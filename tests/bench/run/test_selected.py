@@ -105,17 +105,20 @@ def test_a_quantised_cache_is_attended_as_it_is_stored(measure: Bench) -> None:
 )
 def test_the_format_of_index_keys_is_an_axis(measure: Bench, bench: Bench, words: tuple[str, ...]) -> None:
     """Of the layer and of its ops; fp8 moves and takes fewer bytes."""
-    options = [
-        "--backend",
-        "torch",
-        "-O",
-        "device=cpu",
-        "--config",
-        "sparse.json",
+    options = ["--backend", "torch", "-O", "device=cpu", "--config", "sparse.json"]
+    done = bench(
+        *options,
         "--implementations",
         "mla",
-    ]
-    done = bench(*options, *words, "--runs", "2", *COUNTS, "-a", "index_format=plain,fp8", "-o", "run.json")
+        *words,
+        "--runs",
+        "2",
+        *COUNTS,
+        "-a",
+        "index_format=plain,fp8",
+        "-o",
+        "run.json",
+    )
     assert done.code == 0, done.out + done.err
     plain, coded = sorted(cases(), key=lambda case: case.point["index_format"] == "fp8")
     assert plain.check.status == coded.check.status == "ok"
@@ -177,35 +180,32 @@ def own_selection_of_the_second(patch: Patch) -> None:
     patch.setattr(MLA, "forward", forward)
 
 
-def the_first_index_pages(patch: Patch) -> None:
-    """All layers have the index pages of the first."""
+def loaded(change: Callable[[MlaLayer], None]) -> Callable[[Patch], None]:
+    """Return a mutant that changes layers once they are loaded."""
     right = MlaLayer.load
 
     def load(layer: MlaLayer, scenario: Any, inputs: Any) -> None:
         right(layer, scenario, inputs)
-        layer._index_pages = [
-            pages if pages is None else layer._index_pages[0] for pages in layer._index_pages
-        ]
+        change(layer)
 
-    patch.setattr(MlaLayer, "load", load)
+    return lambda patch: patch.setattr(MlaLayer, "load", load)
 
 
-def the_first_pages(patch: Patch) -> None:
-    right = MlaLayer.load
+def the_first_index_pages(layer: MlaLayer) -> None:
+    first, *_ = layer._index_pages
+    layer._index_pages = [pages if pages is None else first for pages in layer._index_pages]
 
-    def load(layer: MlaLayer, scenario: Any, inputs: Any) -> None:
-        right(layer, scenario, inputs)
-        layer._pages[2] = layer._pages[0]
 
-    patch.setattr(MlaLayer, "load", load)
+def the_first_pages(layer: MlaLayer) -> None:
+    layer._pages[2] = layer._pages[0]
 
 
 @pytest.mark.parametrize(
     ("mutant", "reason"),
     [
         (own_selection_of_the_second, "layer 1: "),
-        (the_first_index_pages, "layer 2: "),
-        (the_first_pages, "layer "),
+        (loaded(the_first_index_pages), "layer 2: "),
+        (loaded(the_first_pages), "layer "),
     ],
 )
 def test_a_wrong_layer_of_several_is_named(

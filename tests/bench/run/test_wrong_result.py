@@ -1,7 +1,8 @@
-"""A fused op that is wrong, or refuses, never gets a number and never passes unnoticed."""
+"""A fused op that is wrong, refuses or raises never gets a number and never passes unnoticed."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,6 @@ def test_a_wrong_op_gets_a_reason_and_no_number(
     assert right.latency_ms is not None
 
 
-def test_an_op_that_goes_wrong_while_it_is_timed_loses_its_numbers(measure: Bench) -> None:
-    """4 calls check it and 10 or more warm it up: later, it is wrong in the middle of timing."""
-    done = measure("late", "-O", "after=24")
-    assert done.code == 4
-    wrong, right = cases()["mla"], cases()["mla-reference"]
-    assert wrong.check.status == "wrong"
-    assert wrong.check.reason.startswith("right at first, wrong in pass ")
-    assert (wrong.latency_ms, wrong.tokens_per_s) == (None, None)
-    assert right.latency_ms is not None
-    assert wrong.check.reason in done.out
-
-
 def test_wrong_rows_are_red_on_a_terminal(measure: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -91,3 +80,37 @@ def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(measure: Be
     assert lines[lines.index("latent_attention: reference") + 1] == reason
     assert measure("spec").code == 0
     assert list(cases()) == ["mla"]
+
+
+@pytest.mark.parametrize("scenario", [(), ("--scenario", "decode")])
+def test_an_op_that_raises_is_named_and_earlier_scenarios_are_kept(
+    bench: Bench, small: list[str], scenario: tuple[str, ...]
+) -> None:
+    faulty = (*WRONG_OP, "-O", "fault=raise", "-O", "tokens=2")  # those of decode
+    options = ["--warmups", "0", "--implementations", "mla", "-o", "run.json"]
+    done = bench(*faulty, *small, *scenario, *options, fakes=["wrong_op"])
+    assert done.code == 3
+    assert done.error.startswith(
+        "error: scenario 'decode' failed: RuntimeError: the device ran out of memory (fake_wrong_op.py:"
+    )
+    assert "3 lines" not in done.err
+    kept = results.decode(Path("run.json").read_bytes()).cases
+    assert [case.scenario for case in kept] == ([] if scenario else ["prefill"])
+    assert ("Prefill Latency" in done.out) == (not scenario)
+
+
+def test_an_op_is_blamed_by_its_own_line_and_name_where_torch_raises(bench: Bench, small: list[str]) -> None:
+    options = ("-O", "fault=inside", "--implementations", "mla", "--scenario", "decode")
+    done = bench(*WRONG_OP, *small, *options, fakes=["wrong_op"])
+    assert done.code == 3
+    assert re.fullmatch(
+        r"error: scenario 'decode' failed: TypeError: layer_norm\(\).* "
+        r"\(fake_wrong_op\.py:\d+ in normalized, op 'loop' of latent_attention\)\.",
+        done.error,
+    )
+
+
+def test_a_clock_that_stands_still_is_refused(bench: Bench, small: list[str]) -> None:
+    done = bench("--backend", "fake-virtual-clock", "-O", "script=0", *small, fakes=["virtual_clock"])
+    assert done.code == 3
+    assert done.error == "error: the host clock of this backend measured 0.0 ms for a forward."

@@ -94,18 +94,8 @@ def test_a_wrong_op_is_named_with_its_layer(bench: Bench, small: list[str]) -> N
 
 def test_a_checkpoint_s_layer_may_be_repeated(bench: Bench, small: list[str], tmp_path: Path) -> None:
     made = maker.LAYOUTS["bare-names"].make(tmp_path / "model")
-    words = [
-        "--backend",
-        "cpu",
-        *small[2:],
-        "--model-path",
-        str(made.folder),
-        "--layer",
-        "3",
-        "--layers",
-        "2",
-    ]
-    assert bench(*words, "-o", "run.json").code == 0
+    words = ["--model-path", str(made.folder), "--layer", "3", "--layers", "2"]
+    assert bench("--backend", "cpu", *small[2:], *words, "-o", "run.json").code == 0
     assert {(case.layers, case.check.status) for case in read()} == {(2, "ok")}
     assert not {case.implementation for case in read()} - {"mla", "mla-reference"}
 

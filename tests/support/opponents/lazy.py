@@ -1,8 +1,9 @@
-"""Work that is done only where it seems to count: in some passes, in some forwards, when nobody looks."""
+"""Work that is done only where it seems to count, or right only now and then: in some passes or forwards."""
 
 from __future__ import annotations
 
 import gc
+import random
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -134,3 +135,38 @@ class LazySequence(Sequences):
     def skips(self) -> bool:
         self._times += 1
         return self._times % self._every > 0
+
+
+class Flaky(Opponent):
+    """Spoils rows of attention's output.
+
+    `every`: each so many forwards; `by_chance`: at random instead. `row`: which (None: all). `factor`: by how
+    much. `after`: not in the first so many forwards.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        by_chance: bool = False,
+        row: int | None = None,
+        factor: float = 1000.0,
+        after: int = 0,
+        **given: Any,
+    ) -> None:
+        super().__init__(**given)
+        self._every, self._row, self._factor, self._after = every, row, factor, after
+        self._random = random.Random(2) if by_chance else None
+
+    def call(self, call: Call) -> None:
+        call.make()
+        if call.kind == "latent_attention" and self._now():
+            rows = slice(None) if self._row is None else slice(self._row, self._row + 1)
+            call.tensors["out"][rows] *= self._factor
+            self.gain()
+
+    def _now(self) -> bool:
+        if self.passes < 2 or self.forwards < self._after:
+            return False
+        if self._random is not None:
+            return self._random.random() < 1 / self._every
+        return self.forwards % self._every == self._every - 1
