@@ -39,6 +39,7 @@ LONG_CALL_S = 0.25
 MAX_CALLS = 4096
 
 Region = Callable[[int], float]  # number of calls -> seconds
+Work = Literal["read", "copy", "matmul"]
 
 
 def per_call(region: Region, enough: float = float("inf")) -> float:
@@ -104,6 +105,13 @@ class Way:
     prepare: Callable[[], object] = lambda: None  # before a region of calls, untimed
     right: Callable[[], bool] = lambda: True  # whether the region's last result is, untimed
     ours: bool = False
+
+    def ceiling(self, work: Work, rate: float, what: str, nbytes: int, dtype: str | None = None) -> Ceiling:
+        """Return what this way reaches, in bytes or FLOPs per second."""
+        source = f"measured: {self.name}, {what}"
+        return Ceiling(
+            work=work, value=rate, source=source, dtype=dtype, footprint_bytes=nbytes, ours=self.ours
+        )
 
 
 def wait(written: torch.Tensor) -> None:
@@ -199,7 +207,7 @@ class Microbenchmark:
         count = rows * FEATURES * self._dtype.itemsize
         weight, what = random_rows(rows, FEATURES, self._dtype, self._device), size(count, unit="MiB")
         seconds, way = self._timed(read_ways(weight), f"reading {what}", weight)[0]
-        return _ceiling("read", count / seconds, way, what, count)
+        return way.ceiling("read", count / seconds, what, count)
 
     def copy(self, count: int) -> Ceiling:
         """Return bytes per second, reads plus writes, of copying half of `count` bytes to the other half."""
@@ -207,7 +215,7 @@ class Microbenchmark:
         target, moved = torch.empty_like(source), 2 * source.nbytes
         ways = [Way("copy_", lambda: target.copy_(source)), Way("neg", lambda: torch.neg(source, out=target))]
         seconds, way = self._timed(ways, f"copying {moved}")[0]
-        return _ceiling("copy", moved / seconds, way, size(moved, unit="MiB"), moved)
+        return way.ceiling("copy", moved / seconds, size(moved, unit="MiB"), moved)
 
     def product(self, tokens: int, inputs: int, outputs: int) -> Ceiling:
         """Return FLOP per second of [tokens, inputs] x [inputs, outputs]; a multiply-add counts as 2."""
@@ -236,7 +244,7 @@ class Microbenchmark:
         self._out |= {way.name for seconds, way in timed if seconds > least}
         (seconds, way), flops = timed[0], 2 * tokens * inputs * outputs
         footprint = wide * (tokens * inputs + inputs * outputs + tokens * outputs)
-        return _ceiling("matmul", flops / seconds, way, shape, footprint, dtype), by_torch
+        return way.ceiling("matmul", flops / seconds, shape, footprint, dtype), by_torch
 
     def _timed(
         self, ways: Sequence[Way], work: str, weight: torch.Tensor | None = None, tokens: int = 1
@@ -298,18 +306,3 @@ class Microbenchmark:
         if not way.right():
             raise Wrong
         return seconds
-
-
-def _ceiling(
-    work: Literal["read", "copy", "matmul"],
-    rate: float,
-    way: Way,
-    what: str,
-    footprint: int,
-    dtype: str | None = None,
-) -> Ceiling:
-    """Return what a way reaches, in bytes or FLOPs per second."""
-    source = f"measured: {way.name}, {what}"
-    return Ceiling(
-        work=work, value=rate, source=source, dtype=dtype, footprint_bytes=footprint, ours=way.ours
-    )

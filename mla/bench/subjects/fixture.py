@@ -222,19 +222,14 @@ class LayerFixture(Fixture):
         """Return the mean work of the first forwards of a pass, counted for our layer's paths."""
         setting, point = self.setting, self.point
         count = min(point.inputs, steps or point.inputs)
+        lengths = [(point.query_lens, point.kv_lens(step)) for step in range(count)]
+        cached = setting.token_bytes, setting.index_bytes
+        size, path = setting.dtype.itemsize, setting.attention
         layers = range(point.layers if setting.config.indexer_types else 1)  # else all are alike
         works = [
-            step_work(
-                setting.config.of_layer(layer),
-                point.query_lens,
-                point.kv_lens(step),
-                setting.dtype.itemsize,
-                setting.attention,
-                setting.token_bytes,
-                setting.index_bytes,
-            )
+            step_work(setting.config.of_layer(layer), *each, size, path, *cached)
             for layer in layers
-            for step in range(count)
+            for each in lengths
         ]
         flops, moved = (round(total / len(works)) for total in sum(works, Work()))
         return results.Cost(flops=flops, bytes=moved)
