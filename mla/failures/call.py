@@ -47,6 +47,7 @@ OUTPUTS = ("out", "lse")  # what an op writes, besides the cache
 CPU = torch.device("cpu")
 Lengths = tuple[Sequence[int], Sequence[int]]  # per request: new tokens, and keys
 Wait = Callable[[], None]  # for the device
+Left = tuple[Tensors, str]  # by a call, on the host: its results, and what was written besides, as a clause
 
 
 class TooLarge(MLAError):
@@ -77,14 +78,6 @@ class CallFacts(msgspec.Struct, kw_only=True):
         fields = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
         fields |= {"dtype": dtype_name(spec.dtype), "device": ""}
         return cls(kind=kind, role=role, op=op, spec=fields, **known)
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a call left behind, on the host."""
-
-    results: Tensors
-    damage: str = ""  # what was written besides, as a clause
 
 
 @dataclass(frozen=True)
@@ -129,7 +122,7 @@ class RecordedCall:
     @cached_property
     def _errors(self) -> Tensors:
         """The errors of the reference, by which those of an op are judged."""
-        return self.entry.errors(self.make(REFERENCE[self.facts.kind], CPU).results, self.truth)
+        return self.entry.errors(self.make(REFERENCE[self.facts.kind], CPU)[0], self.truth)
 
     def _arguments(self, tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
         """Return the arguments of the call: these tensors, the scalars, and a cache, else NaN."""
@@ -173,7 +166,7 @@ class RecordedCall:
         arguments = self._arguments({name: piece.part for name, piece in pieces.items()}, device)
         return pieces, arguments | ({"out": arguments["x"]} if self.facts.in_place else {})
 
-    def make(self, op: FusedOp, device: torch.device, synchronize: Wait = lambda: None) -> Made:
+    def make(self, op: FusedOp, device: torch.device, synchronize: Wait = lambda: None) -> Left:
         """Make the call on a device, in fresh memory of the same layout."""
         spec, (pieces, arguments) = self.spec(device), self._placed(device)
         before, leading = copied(arguments.get("cache")), list[Any]()
@@ -191,7 +184,7 @@ class RecordedCall:
         arguments: Mapping[str, Any],
         before: torch.Tensor | None,
         pieces: Mapping[str, Piece] = MappingProxyType({}),
-    ) -> Made:
+    ) -> Left:
         """Return what the call, which has been made, left in its memory.
 
         `before` is the cache before it, if known; `pieces`: the memory of operands, if nobody else writes
@@ -212,26 +205,33 @@ class RecordedCall:
         held = {*self.entry.judged(op)} - ({"lse"} if not self.facts.writes_lse else set())
         written = self.entry.written(arguments)
         results = {name: rows.to("cpu", copy=True) for name, rows in written.items() if name in held}
-        return Made(results, "; ".join(clauses))
+        return results, "; ".join(clauses)
 
-    def judge(self, made: Made) -> str:
-        """Return why the call was wrong; "" if it was right."""
+    def judge(self, results: Tensors, damage: str) -> str:
+        """Return why the call was wrong that has left this; "" if it was right."""
         places = self.case.places(self.operands.get("block_table")) if self.facts.query_lens else None
-        dtype, damage = self.case.spec.dtype, made.damage
-        return self.entry.judge(made.results, self.truth, self._errors, dtype, places, damage).reason
+        dtype = self.case.spec.dtype
+        return self.entry.judge(results, self.truth, self._errors, dtype, places, damage).reason
 
-    def attempt(self, op: FusedOp, device: torch.device, synchronize: Wait) -> tuple[str, Made | None]:
-        """Make the call; return why it was wrong, and what it left unless it raised.
-
-        Raises `BackendError` where the op refuses.
-        """
+    def attempt(self, op: FusedOp, device: torch.device, synchronize: Wait) -> JudgedCall:
+        """Make the call and judge it; what the op raises is wrong. Raises `BackendError` where it refuses."""
         try:
-            made = self.make(op, device, synchronize)
+            left = self.make(op, device, synchronize)
         except BackendError:
             raise
         except Exception as error:  # noqa: BLE001  # whatever an op raises
-            return raised(error), None
-        return self.judge(made), made
+            return JudgedCall(self, {}, raised(error))
+        return JudgedCall(self, left[0], self.judge(*left))
+
+
+@dataclass(frozen=True)
+class JudgedCall:
+    """A call, its results on the host, and why they were wrong."""
+
+    call: RecordedCall
+    results: Tensors  # none if it raised
+    reason: str  # "": it was right
+    alone: bool | None = None  # whether it is wrong as well when it is made again, with no call before it
 
 
 def copied(cache: torch.Tensor | None) -> torch.Tensor | None:
@@ -281,10 +281,10 @@ def record(
     facts.outputs = {name: list(given[name].shape) for name in written}
     facts.gaps = {name: gaps for name, x in given.items() if any(gaps := gaps_of(x))}
     operands = {name: x.to("cpu", copy=True).contiguous() for name, x in inputs.items()}
-    call = RecordedCall(facts, operands)
+    pages = None
     if cache is not None and kept is not None:
-        facts.pages = cache.shape[0]
-        call = RecordedCall(facts, operands, kept, cache[kept.to(cache.device)].cpu())
+        facts.pages, pages = cache.shape[0], cache[kept.to(cache.device)].cpu()
+    call = RecordedCall(facts, operands, kept, pages)
     free = host.memory_available()
     if free is not None and call.placed_bytes > free:  # the reference makes it again, in the same layout
         taken = f"takes {size(call.placed_bytes)} with its strides, and {size(free)} of memory are free"
@@ -340,29 +340,15 @@ def poison_outputs(tensors: Mapping[str, Any]) -> None:
 JUDGING_S = 120.0
 
 
-@dataclass(frozen=True)
-class JudgedCall:
-    """A call, what it did, and why that was wrong."""
-
-    call: RecordedCall
-    made: Made
-    reason: str  # "": it was right
-    alone: bool | None = None  # whether it is wrong as well when it is made again, with no call before it
-
-
 class Watcher:
     """Judges the calls of the ops that it has given out."""
 
     def __init__(
-        self,
-        synchronize: Wait,
-        beat: Callable[[], None] = lambda: None,
-        patience: float = JUDGING_S,
-        poisons: bool = True,
+        self, synchronize: Wait, beat: Callable[[], None] = lambda: None, poisons: bool = True
     ) -> None:
         """`beat` is called after every call that was judged. `poisons`: outputs, before every call."""
-        self._synchronize, self._beat, self._deadline = synchronize, beat, time.monotonic() + patience
-        self._poisons = poisons
+        self._synchronize, self._beat, self._poisons = synchronize, beat, poisons
+        self._deadline = time.monotonic() + JUDGING_S
         self.wrong: JudgedCall | None = None
         self.last: JudgedCall | None = None  # that was right
         self.lengths: Lengths | None = None  # new tokens and keys per request, of the calls that follow
@@ -394,7 +380,7 @@ class Watcher:
             raise
         except Exception as error:
             if recorded is not None:  # what it wrote may be out of reach by now
-                self.wrong = JudgedCall(recorded, Made({}), raised(error))
+                self.wrong = JudgedCall(recorded, {}, raised(error))
             raise
         if recorded is None:
             return
@@ -422,16 +408,16 @@ class Watcher:
         self, call: RecordedCall, op: FusedOp, tensors: Mapping[str, Any], before: torch.Tensor | None
     ) -> JudgedCall:
         """Judge a call that was made, and make it once more, alone: then what it depends on is known."""
-        made = call.left(op, tensors, before)
-        reason, alone = call.judge(made), None
+        results, damage = call.left(op, tensors, before)
+        judged = JudgedCall(call, results, call.judge(results, damage))
         if before is not None or tensors.get("cache") is None:  # there is room for a second cache
             device = next(tensor.device for tensor in tensors.values() if torch.is_tensor(tensor))
             with contextlib.suppress(BackendError):  # refused this time: what was found still counts
-                why, again = call.attempt(op, device, self._synchronize)
-                alone = bool(why)
-                if again is not None and not reason:  # writes beside its outputs are seen there alone
-                    made, reason = again, why
-        return JudgedCall(call, made, reason, alone)
+                again = call.attempt(op, device, self._synchronize)
+                # Writes beside its outputs are seen there alone.
+                shown = again if again.results and not judged.reason else judged
+                return dataclasses.replace(shown, alone=bool(again.reason))
+        return judged
 
 
 @dataclass(frozen=True)

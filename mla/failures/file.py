@@ -52,7 +52,6 @@ class Document(_Versioned, kw_only=True):
     replay: str = ""  # the line that makes the call again
     call: CallFacts | None = None
     reason: str = ""  # of the call
-    damage: str = ""
     alone: bool | None = None  # whether the call was wrong without those before it; None: nobody tried
 
 
@@ -98,20 +97,15 @@ def prepare(folder: Path) -> None:
 
 def write_call(folder: Path, judged: JudgedCall, origin: Origin) -> None:
     """Keep a call. Raises `ResultError`."""
-    call, made = judged.call, judged.made
+    call, replay = judged.call, replay_command(folder)
     document = Document(
-        origin=origin,
-        replay=replay_command(folder),
-        call=call.facts,
-        reason=judged.reason,
-        damage=made.damage,
-        alone=judged.alone,
+        origin=origin, replay=replay, call=call.facts, reason=judged.reason, alone=judged.alone
     )
     tensors: Tensors = {}
     if call.kept_pages is not None and call.pages is not None:
         tensors = {"cache.pages": call.kept_pages, "cache.rows": call.pages}
     # What it wrote and what it should have are for a reader: a replay computes the truth again.
-    for part, held in {"operand": call.operands, "found": made.results, "expected": call.truth}.items():
+    for part, held in {"operand": call.operands, "found": judged.results, "expected": call.truth}.items():
         tensors |= {f"{part}.{name}": tensor for name, tensor in held.items()}
     write(folder, document, tensors)
 
@@ -172,7 +166,7 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     if reasons := _refusals(call, name, op, call.spec(device)):
         raise CannotReplay(f"the op refuses this call: {'; '.join(reasons)}.")
     _require_memory(call, backend)
-    return [call.attempt(op, device, backend.synchronize)[0] for _ in range(runs)]
+    return [call.attempt(op, device, backend.synchronize).reason for _ in range(runs)]
 
 
 def op_of(call: RecordedCall, offered: Mapping[str, FusedOp], name: str) -> FusedOp:

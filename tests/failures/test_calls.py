@@ -230,8 +230,8 @@ def test_what_lies_between_rows_must_stay() -> None:
             out = tensors["out"]
             out.as_strided((4, 1), (20, 1), out.storage_offset() + 8).zero_()
 
-    assert recorded.make(REFERENCE["rotate_query"], CPU).damage == ""
-    said = recorded.make(Overrunning("rotate_query"), CPU).damage
+    assert recorded.make(REFERENCE["rotate_query"], CPU)[1] == ""
+    said = recorded.make(Overrunning("rotate_query"), CPU)[1]
     assert said == "memory beside rows of `out` was written"
     watcher, spec = Watcher(lambda: None), layer_roles(CONFIG, torch.float32, CPU)["rotate_query"][1]
     wide, out = torch.randn(5, 4, 30), torch.zeros(5, 4, 20)[..., 12:]

@@ -159,20 +159,15 @@ class MatmulLoad:
 
     def __init__(self, subject: BackendUnderTest) -> None:
         claimed = subject.backend.dtypes()
-        self._dtype = torch.float32 if torch.float32 in claimed or not claimed else claimed[0]
-        self._device = subject.device
-        self._size = 128
-        self._resize(128)
-        while self.milliseconds() < UNIT_MS and self._size < MAX_SIZE:
-            self._resize(2 * self._size)
-
-    def _resize(self, size: int) -> None:
-        self._size = size
-        shape = (size, size)
-        self._x = torch.full(shape, 1.0 / size, dtype=self._dtype, device=self._device)
-        self._y = torch.empty(shape, dtype=self._dtype, device=self._device)
-        self.submit()
-        self.read()
+        dtype = torch.float32 if torch.float32 in claimed or not claimed else claimed[0]
+        size, quick = 64, True
+        while quick and size < MAX_SIZE:
+            size *= 2
+            self._x = torch.full((size, size), 1.0 / size, dtype=dtype, device=subject.device)
+            self._y = torch.empty_like(self._x)
+            self.submit()
+            self.read()
+            quick = self.milliseconds() < UNIT_MS
 
     def submit(self, units: int = 1) -> None:
         """Queue work."""
