@@ -13,8 +13,10 @@ from transformers_peer import DeepseekV3Attention, DeepseekV3Config, DeepseekV3R
 from mla import MLAConfig
 from mla.config import QueryScaling
 from mla.errors import ConfigError
-from mla.layer.rope import inverse_frequencies, query_factors
+from mla.layer.rope import RotaryTable, inverse_frequencies, query_factors
+from mla.reference.small import rotate
 
+CPU = torch.device("cpu")
 DIMS = {"hidden_size": 64, "num_attention_heads": 2, "q_lora_rank": None, "kv_lora_rank": 32}
 DIMS = {**DIMS, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 16}
 YARN = {"factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
@@ -239,11 +241,28 @@ def test_the_query_scale_is_that_of_mistral4() -> None:
 
 
 def test_no_rotation_changes_no_bit(tiny: Any) -> None:
-    from mla.layer.rope import RotaryTable
-    from mla.reference.small import rotate
-
     config = tiny(rope_theta=None)
-    table = RotaryTable(config, torch.device("cpu"), size=200)
+    table = RotaryTable(config, CPU, size=200)
     for interleaved in (True, False):
         x = torch.randn(200, 8).bfloat16()
         assert torch.equal(rotate(x, table.table, interleaved).bfloat16(), x)
+
+
+def test_angles_are_fp32_products_of_position_and_frequency(tiny: Any) -> None:
+    config = tiny()
+    table = RotaryTable(config, CPU, size=200_000)
+    for position in (0, 1, 4097, 163_839):
+        angle = torch.tensor(float(position)) * inverse_frequencies(config)
+        assert torch.equal(table.table[position], torch.cat((angle.cos(), angle.sin())))
+
+
+def test_the_table_grows_on_demand_and_keeps_its_rows(tiny: Any) -> None:
+    table = RotaryTable(tiny(), CPU, size=4)
+    before = table.table.clone()
+    table.reserve(4)
+    assert table.table.shape == (4, 8)
+    table.reserve(5)
+    assert table.table.shape == (8, 8)
+    table.reserve(100)
+    assert table.table.shape == (100, 8)
+    assert torch.equal(table.table[:4], before)

@@ -1,4 +1,4 @@
-"""The example that shows both ways side by side, on a tiny checkpoint with a tokenizer trained here."""
+"""The examples, both ways side by side and a server, on a tiny checkpoint with a tokenizer trained here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM, DeepseekV2MLP
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+from serve_loop import Request, Server
+
+from mla.errors import CacheFull
 from mla.integrations.transformers import restore, use_mla
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "generate.py"
-sys.path.append(str(EXAMPLE.parent))
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TEXT = ["once upon a time there was a latent cache that everybody attended to", "and it was small"] * 9
 
 
@@ -44,7 +48,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: str, name: str = "generate.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXAMPLE.with_name(name)), *words]
+    command = [sys.executable, str(EXAMPLES / name), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -216,12 +220,60 @@ def test_the_tokens_that_end_a_text(asked: Any, of_tokenizer: int | None, expect
 @pytest.mark.parametrize("name", ["generate.py", "serve_loop.py"])
 def test_what_is_missing_is_one_sentence(name: str) -> None:
     """An environment made from README's first command has no `transformers`."""
-    path = str(EXAMPLE.with_name(name))
+    path = str(EXAMPLES / name)
     program = (
         "import runpy, sys; sys.modules['transformers'] = None; "
-        f"sys.path.insert(0, {str(EXAMPLE.parent)!r}); runpy.run_path({path!r}, None, '__main__')"
+        f"sys.path.insert(0, {str(EXAMPLES)!r}); runpy.run_path({path!r}, None, '__main__')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.startswith("error: this needs transformers 5.20 or later: `pip install")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# -------------------------------------------------------------------------------------------- server
+# Requests of the serving example run together, get what they get alone, and hand pages on to others.
+def requests() -> list[Request]:
+    draw = torch.Generator().manual_seed(5)
+    lengths = torch.randint(1, 30, (12, 2), generator=draw).tolist()
+    return [
+        Request(i, torch.randint(3, 97, (prompt,), generator=draw).tolist(), new)
+        for i, (prompt, new) in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize(("pages", "together"), [(10, 2), (300, 4)])
+def test_requests_get_what_they_get_alone(pages: int, together: int) -> None:
+    """Where there is room for few of them, and for all that are served at once."""
+    model: Any = make_model("deepseek_v3")
+    words = {"do_sample": False, "eos_token_id": None}
+    alone = [
+        model.generate(torch.tensor([request.prompt]), max_new_tokens=request.wanted, **words)
+        for request in requests()
+    ]
+    server = Server(use_mla(model), max_tokens=8 * pages, at_once=4, page_size=8)
+    use, named = server.cache.use, list[set[int]]()
+    server.cache.use = lambda sequences: (named.append({*sequences}), use(sequences))[1]
+    served = {answer.number: answer for answer in server.run(requests())}
+    assert [served[i].prompt + served[i].tokens for i in range(12)] == [ids[0].tolist() for ids in alone]
+    latents = server.cache.latents
+    assert latents.free_pages == latents.num_pages
+    restore(model)
+    assert max(map(len, named)) >= together
+    assert sum(bool(now & before and now - before) for before, now in pairwise(named)) > 3, "others go on"
+
+
+def test_a_request_ends_with_its_token(model: Any) -> None:
+    first = next(Server(use_mla(model), max_tokens=256, at_once=1).run([Request(0, [5, 6], 20)]))
+    end = first.tokens[4]
+    again = next(Server(model, max_tokens=256, at_once=1, ends={1, end}).run([Request(0, [5, 6], 20)]))
+    assert again.tokens == first.tokens[: first.tokens.index(end) + 1]
+
+
+def test_a_request_that_can_never_be_served_is_named(model: Any) -> None:
+    server = Server(use_mla(model), max_tokens=64, at_once=2)
+    with pytest.raises(CacheFull, match="request 7"):
+        list(server.run([Request(6, [5], 3), Request(7, [5], 64)]))
+    with pytest.raises(ValueError, match="request 8 has no tokens"):
+        list(server.run([Request(8, [], 3)]))
+    assert [answer.number for answer in server.run([Request(9, [5], 3)])] == [9]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CACHE, make_model
+from transformers import CompileConfig
 
 from mla.integrations.transformers import PagedCache, restore, use_mla
 from mla.integrations.transformers.attention import PAGE_SIZE, Step
@@ -152,3 +155,40 @@ def test_pages_hold_all_tokens_and_little_more(tokens: int) -> None:
     step = Step.of(torch.ones(1, 1, 1, tokens, dtype=torch.int32), 1, torch.device("cpu"))
     room = step.batch.block_table.shape[1] * PAGE_SIZE
     assert tokens <= room < 1.125 * (tokens + PAGE_SIZE)
+
+
+# ------------------------------------------------------------------------------------------ compiled
+# A model that `torch.compile` traces calls our ops as they are, and generates the same tokens.
+WORDS = {"max_new_tokens": 5}
+
+
+@pytest.fixture
+def traced_anew() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def graphs() -> int:
+    """Return how many graphs have been traced."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.usefixtures("traced_anew")
+def test_what_generate_compiles_for_a_static_cache(model: Any, prompts: Prompts) -> None:
+    """By itself on a GPU; here when it is told to."""
+    theirs, before = generate(model, prompts, **WORDS), graphs()
+    config = CompileConfig(backend="eager", mode=None)
+    config._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": config}
+    assert torch.equal(generate(use_mla(model), prompts, **WORDS, **static), theirs)
+    assert graphs() > before
+
+
+@pytest.mark.usefixtures("traced_anew")
+def test_a_compiled_forward_on_a_paged_cache(model: Any, prompts: Prompts) -> None:
+    theirs, before = generate(model, prompts, **WORDS), graphs()
+    use_mla(model).forward = torch.compile(model.forward, backend="eager")
+    cache = {CACHE: PagedCache(model, max_tokens=4096)}
+    assert torch.equal(generate(model, prompts, **WORDS, **cache), theirs)
+    assert graphs() > before

@@ -11,7 +11,7 @@ import torch
 from layer_cases import LAYER_BOUND
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.cases.layer import LayerCall, LayerCase, weights
+from mla.cases.layer import LayerCall, LayerCase
 from mla.errors import UnsupportedOps
 from mla.layer.forward import INDEX_EPS
 from mla.layer.workspace import Workspace
@@ -132,7 +132,7 @@ def test_every_format_of_both_caches(sparse: Any, cache_format: str | None, inde
     """Steps in a row read what earlier ones wrote, on both sides of the border."""
     config = sparse(index_head_dim=32, qk_rope_head_dim=32)
     layer = MLA(config, dtype=torch.float32, cache_format=cache_format, index_format=index_format)
-    layer.load_state_dict(weights(config, torch.float32))
+    layer.load_state_dict(random_state_dict(config, dtype=torch.float32))
     call = LayerCall(LayerCase((4, 1, 2), (9, 30, 0), config, steps=5), layer, page_size=4)
     verdict = call.check(call.run())
     assert (verdict.status, verdict.reason) == ("ok", "")

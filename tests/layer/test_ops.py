@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -20,6 +21,11 @@ from mla_backends.api import OPS
 from mla_backends.testing import HostBackend
 
 LinearOp, LatentOp = type(REFERENCE["linear"]), type(REFERENCE["latent_attention"])
+CPU = torch.device("cpu")
+
+
+def chosen(tiny: Any, offered: Any, policy: str = "auto", heads: int = 3, **more: Any) -> Ops:
+    return Ops(tiny(num_attention_heads=heads), offered, torch.float32, CPU, policy, **more)
 
 
 class Picky(LatentOp):  # type: ignore[misc, valid-type]
@@ -41,7 +47,7 @@ def test_the_reference_serves_every_op_of_the_contract() -> None:
 
 
 def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(tiny: Any) -> None:
-    ops = Ops(tiny(), {"old": Outdated(), "picky": Picky()}, torch.float32, torch.device("cpu"))
+    ops = chosen(tiny, {"old": Outdated(), "picky": Picky()})
     assert ops["latent_attention"].name == "reference"
     assert {*ops.names().values()} == {"reference"}
     explained = "\n".join(ops.explain())
@@ -52,7 +58,7 @@ def test_an_op_that_refuses_the_layer_is_passed_over_with_its_reason(tiny: Any) 
 def test_what_the_chosen_ops_say_of_themselves_is_explained(tiny: Any) -> None:
     op, idle = LatentOp(), LatentOp()
     op.remarks, idle.remarks = ["it runs with a smaller tile\nthan planned"], ["never chosen"]
-    ops = Ops(tiny(), {"mine": op, "idle": idle}, torch.float32, torch.device("cpu"))
+    ops = chosen(tiny, {"mine": op, "idle": idle})
     lines = ops.explain()
     assert lines[lines.index("latent_attention: mine") + 1] == "  it runs with a smaller tile than planned"
     assert ops.remarks() == {"mine": ["it runs with a smaller tile than planned"]}
@@ -64,7 +70,7 @@ def test_what_the_chosen_ops_say_of_themselves_is_explained(tiny: Any) -> None:
 def test_remarks_that_are_no_list_are_named(tiny: Any, remarks: Any) -> None:
     op = LatentOp()
     op.remarks = remarks
-    ops = Ops(tiny(), {"mine": op}, torch.float32, torch.device("cpu"))
+    ops = chosen(tiny, {"mine": op})
     with pytest.raises(BackendError) as error:
         ops.remarks()
     assert str(error.value) == (
@@ -74,7 +80,7 @@ def test_remarks_that_are_no_list_are_named(tiny: Any, remarks: Any) -> None:
 
 def test_the_first_op_that_serves_the_layer_is_taken(tiny: Any) -> None:
     offered = {"old": Outdated(), "picky": Picky(), "plain": LatentOp(), "linear": LinearOp()}
-    ops = Ops(tiny(num_attention_heads=4), offered, torch.float32, torch.device("cpu"))
+    ops = chosen(tiny, offered, heads=4)
     names = ops.names()
     assert names["latent_attention"] == "picky"
     assert names["o_proj"] == "linear"
@@ -83,29 +89,27 @@ def test_the_first_op_that_serves_the_layer_is_taken(tiny: Any) -> None:
 
 
 def test_a_policy_can_insist_on_fused_ops(tiny: Any) -> None:
-    def ops(policy: str, heads: int) -> Ops:
-        offered = {"old": Outdated(), "picky": Picky(), "plain": LatentOp(), "linear": LinearOp()}
-        return Ops(tiny(num_attention_heads=heads), offered, torch.float32, torch.device("cpu"), policy)
-
-    assert ops("plain", 4)["latent_attention"].name == "plain"  # though the better one would serve
-    assert ops("plain", 4)["o_proj"].name == "linear"  # what is not named goes on as before
-    assert ops("picky, linear", 4)["latent_attention"].name == "picky"
-    assert ops("fused", 3)["latent_attention"].name == "plain"
-    assert ops("fused", 3)["rotate_query"].name == "reference"  # nobody offers one
+    offered = {"old": Outdated(), "picky": Picky(), "plain": LatentOp(), "linear": LinearOp()}
+    of = partial(chosen, tiny, offered)
+    assert of("plain", 4)["latent_attention"].name == "plain"  # though the better one would serve
+    assert of("plain", 4)["o_proj"].name == "linear"  # what is not named goes on as before
+    assert of("picky, linear", 4)["latent_attention"].name == "picky"
+    assert of("fused", 3)["latent_attention"].name == "plain"
+    assert of("fused", 3)["rotate_query"].name == "reference"  # nobody offers one
     with pytest.raises(
         UnsupportedOps, match=r"no fused latent_attention .* --ops picky .* an even head count"
     ):
-        ops("picky", 3)
+        of("picky", 3)
     with pytest.raises(UnsupportedOps, match=r"unknown op 'pickey'. Did you mean 'picky'\?"):
-        ops("pickey", 4)
+        of("pickey", 4)
     with pytest.raises(UnsupportedOps, match=r"unknown op 'reference'\. --ops takes"):
-        ops("reference,picky", 4)
+        of("reference,picky", 4)
 
 
 def test_fused_is_an_error_where_none_serves(tiny: Any) -> None:
     offered = {"old": Outdated(), "picky": Picky()}
     with pytest.raises(UnsupportedOps, match=r"'old' not used because .*'picky' not used because"):
-        Ops(tiny(num_attention_heads=3), offered, torch.float32, torch.device("cpu"), "fused")
+        chosen(tiny, offered, "fused", 3)
 
 
 def test_an_op_that_refuses_a_batch_raises_and_never_falls_back(make_case: Any, tiny: Any) -> None:
@@ -133,7 +137,107 @@ def test_an_op_that_could_not_be_told_apart_or_would_never_run_is_refused(
 
     Odd.contract = contract
     with pytest.raises(BackendError, match=reason):
-        Ops(tiny(), {name: Odd()}, torch.float32, torch.device("cpu"))
+        chosen(tiny, {name: Odd()})
+
+
+# ----------------------------------------------------------------------------------- test preflight
+# Asked before an op is chosen, once per process, op and spec; whatever it answers is a reason.
+class Compiled(LatentOp):  # type: ignore[misc, valid-type]
+    """Needs a compiler that is there or not; says what it was asked."""
+
+    compiles = "it compiles"
+
+    def __init__(self, answer: Any = (), odd_heads: bool = True) -> None:
+        self.answer, self.odd_heads = answer, odd_heads
+        self.asked: list[Any] = []
+
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        return [] if self.odd_heads or spec.num_heads % 2 == 0 else ["it needs an even head count"]
+
+    def preflight(self, spec: Any) -> Any:
+        self.asked.append(spec)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return self.answer
+
+
+def test_a_preflight_that_fails_is_a_reason_and_the_next_op_is_taken(tiny: Any) -> None:
+    bad, good = Compiled(["there is no compiler:\ninstall one"]), Compiled()
+    taken = chosen(tiny, {"bad": bad, "good": good})["latent_attention"]
+    assert taken.name == "good"
+    assert taken.reasons == ("fused op 'bad' not used because there is no compiler: install one",)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RuntimeError("Ninja build failed.\n[1/2] nvcc ..."), "RuntimeError: Ninja build failed."),
+        (SystemExit(1), "SystemExit: 1"),
+        (OSError(), "OSError"),
+    ],
+)
+def test_whatever_a_preflight_raises_is_a_reason(tiny: Any, error: BaseException, text: str) -> None:
+    taken = chosen(tiny, {"bad": Compiled(error)})["latent_attention"]
+    assert taken.name == "reference"
+    assert taken.reasons == (f"fused op 'bad' not used because its preflight raised {text}",)
+
+
+def test_an_answer_that_is_no_list_is_a_reason_too(tiny: Any) -> None:
+    (reason,) = chosen(tiny, {"bad": Compiled(None)})["latent_attention"].reasons
+    assert reason.endswith("its preflight raised TypeError: 'NoneType' object is not iterable")
+
+
+def test_an_op_that_is_required_fails_with_its_preflight(tiny: Any) -> None:
+    for policy in ("fused", "bad"):
+        with pytest.raises(UnsupportedOps, match="'bad' not used because there is no compiler"):
+            chosen(tiny, {"bad": Compiled(["there is no compiler"])}, policy)
+
+
+def test_it_is_asked_once_per_op_and_spec(tiny: Any) -> None:
+    first, other = Compiled(), Compiled(["no"])
+    for _ in range(3):
+        chosen(tiny, {"one": first})
+        chosen(tiny, {"other": other})
+    chosen(tiny, {"one": first}, heads=4)
+    assert [spec.num_heads for spec in first.asked] == [3, 4]
+    assert len(other.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [["it finds too little memory (OutOfMemoryError: CUDA out of memory.)"], MemoryError("std::bad_alloc")],
+)
+def test_it_is_asked_again_where_memory_was_short(tiny: Any, answer: Any) -> None:
+    op = Compiled(answer)
+    assert chosen(tiny, {"mine": op})["latent_attention"].name == "reference"
+    op.answer = []
+    for _ in range(2):
+        assert chosen(tiny, {"mine": op})["latent_attention"].name == "mine"
+    assert len(op.asked) == 2
+
+
+def test_only_an_op_that_would_be_chosen_is_asked(tiny: Any) -> None:
+    """A minute of compiling for an op that does not run is a minute lost."""
+    first, refusing, second = Compiled(), Compiled(odd_heads=False), Compiled()
+    chosen(tiny, {"refusing": refusing, "first": first, "second": second})
+    assert (len(refusing.asked), len(first.asked), len(second.asked)) == (0, 1, 0)
+    chosen(tiny, {"second": second}, "reference")
+    assert second.asked == []
+
+
+def test_what_is_compiled_is_said_before_and_once(tiny: Any) -> None:
+    said: list[tuple[str, int]] = []
+    op = Compiled()
+    for _ in range(2):
+        chosen(tiny, {"mine": op}, say=lambda line: said.append((line, len(op.asked))))
+    assert said == [("preparing mine: it compiles", 0)]
+
+
+def test_an_op_that_compiles_nothing_says_nothing(tiny: Any) -> None:
+    quiet = Compiled()
+    quiet.compiles = ""
+    chosen(tiny, {"mine": quiet, "plain": LatentOp()}, say=lambda line: pytest.fail(line))
+    assert len(quiet.asked) == 1
 
 
 # ----------------------------------------------------------------------------------- test overrides

@@ -1,4 +1,4 @@
-"""All ranks of a layout, each a thread, equal one device; and one alone attends what it has."""
+"""All ranks of a layout, each a thread, equal one device; one alone attends what it has; merging parts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ import mla
 from mla import LatentCache, MLAConfig
 from mla.cases.memory import poison
 from mla.errors import UsageError
+from mla.layer.workspace import Workspace
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups
-from mla.parallel.layer import HeadShard, ParallelMLA
+from mla.parallel.layer import (
+    Exchange,
+    HeadShard,
+    ParallelMLA,
+    merge,
+    merge_scratch,
+    scratch_per_token,
+)
 from mla.parallel.layout import Layout, Share
 from mla.verify.layer_oracle import Held, State, oracle
 from mla.weights import random_state_dict
@@ -192,16 +200,26 @@ def test_collectives_are_those_of_the_layout() -> None:
     ]
 
 
+def is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 class Calls(TorchDispatchMode):
-    """Notes what torch is asked to compute."""
+    """Notes what torch is asked to compute, and which ops return memory of their own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.made: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operands = (*args, *(kwargs or {}).values())
+        given = {x.untyped_storage().data_ptr() for x in operands if is_tensor(x)}
+        result = func(*args, **(kwargs or {}))
         self.names.append(str(func))
-        return func(*args, **kwargs or {})
+        if is_tensor(result) and result.untyped_storage().data_ptr() not in given:
+            self.made.append(str(func))
+        return result
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 9, 32])
@@ -244,3 +262,51 @@ def test_other_layers_compute_while_a_rank_waits_for_the_rest_of_the_heads() -> 
     run(layer)
     assert done, "it waited"
     assert torch.equal(done[0], expected)
+
+
+# --------------------------------------------------------------------------------------------- merge
+# Merging attention over disjoint keys.
+def attend(q: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out and the natural log-sum-exp of plain attention."""
+    logits = q @ keys.T
+    return logits.softmax(dim=-1) @ keys, logits.logsumexp(dim=-1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1e-3])
+def test_parts_give_the_whole(scale: float) -> None:
+    q, keys = scale * torch.randn(7, 5).double(), torch.randn(40, 5).double()
+    parts = [attend(q, keys[i::3]) for i in range(3)]
+    out = torch.empty(7, 5)
+    merge(
+        torch.stack([part for part, _ in parts]).float(), torch.stack([lse for _, lse in parts]).float(), out
+    )
+    assert (out - attend(q, keys)[0]).abs().max() < 1e-5 * max(1, scale)
+
+
+def test_a_part_without_keys_weighs_nothing() -> None:
+    parts = torch.tensor([[[1.0, 2.0]], [[0.0, 0.0]]])
+    out = torch.full((1, 2), torch.nan)
+    merge(parts, torch.tensor([[700.0], [-torch.inf]]), out)
+    assert out.tolist() == [[1.0, 2.0]]
+
+
+def test_a_merge_in_memory_of_its_own_makes_no_more() -> None:
+    parts, lse, out = torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2), torch.empty(4, 2, 8)
+    held = merge_scratch(parts, Workspace(torch.float32, torch.device("cpu")))
+    made = {}
+    for memory in (None, held):
+        with Calls() as calls:
+            merge(parts, lse, out, memory)
+        made[memory is held] = calls.made
+    assert made[False]
+    assert made[True] == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("c", [32, 33])
+def test_memory_for_an_exchange_is_what_is_planned(dtype: torch.dtype, c: int) -> None:
+    """An lse takes two elements of bf16, and an odd row one more before it."""
+    config = replace(PLAIN, num_attention_heads=3, kv_lora_rank=c)
+    scratch = Workspace(dtype, torch.device("cpu"))
+    Exchange(scratch, 2, (5, 3, config.latent_dim), c, ordered=True)
+    assert scratch.nbytes() == 5 * scratch_per_token(config, 2, dtype.itemsize)
