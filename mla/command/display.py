@@ -120,18 +120,13 @@ class Progress:
     def __exit__(self, *failure: object) -> None:
         self._bar.stop()
 
-    @property
-    def hidden(self) -> bool:
-        """True when stderr is not a terminal."""
-        return self._bar.disable
-
     def advance(self, what: str, done: float) -> None:
         """Record that so many forwards are done. Called outside timed regions only."""
         self._bar.update(self._task, description=what, advance=done)
         self._bar.refresh()
         self._done += done
         now = time.monotonic()
-        if self.hidden and now - self._said >= self._every:
+        if self._bar.disable and now - self._said >= self._every:
             self._said, self._every = now, min(2 * self._every, SELDOM)
             note(f"running    {what}, {self._done / self._total:.0%} of the plan")
 
@@ -142,6 +137,6 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line of news where there is no bar; the next line on what runs is then due later."""
-        if self.hidden:
+        if self._bar.disable:
             self._said = time.monotonic()
             note(text)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from mla.errors import MLAError
+from mla.errors import UsageError
 
 # Variables that number this process on its node, the strongest first.
 LOCAL = ("LOCAL_RANK", "SLURM_LOCALID")
@@ -32,19 +32,15 @@ _MAX_DIGITS = 9  # of a number of tasks; Python refuses to read thousands
 _PATTERN = re.compile(rf"%(\d?)([%{''.join(LETTERS)}])")
 
 
-class LaunchError(MLAError):
-    """An output or a variable that does not fit how this process was launched."""
-
-
 def result_path(path: Path, shared: bool = False) -> Path:
     """Return the file this task writes: `%t`, `%j` and the others replaced, padded as in `%3t`.
 
-    Raises `LaunchError` when a letter stands for nothing here, and when several tasks would write one file,
+    Raises `UsageError` when a letter stands for nothing here, and when several tasks would write one file,
     unless it is `shared`: one of them writes it.
     """
     text, tasks = str(path), count() or 1
     if not shared and tasks > 1 and "t" not in {letter for _, letter in _PATTERN.findall(text)}:
-        raise LaunchError(
+        raise UsageError(
             f"{tasks} tasks would all write '{text}': put the task's number into the name, as in run-%t.json."
         )
     return Path(_PATTERN.sub(lambda match: _value(text, match[2]).zfill(int(match[1] or 0)), text))
@@ -56,22 +52,22 @@ def _value(text: str, letter: str) -> str:
     _, value = _first(LETTERS[letter])
     if not value:
         stands = f"%{letter} in '{text}' stands for {' or '.join(LETTERS[letter])}"
-        raise LaunchError(f"{stands}, but that is not set; write %% for a percent sign.")
+        raise UsageError(f"{stands}, but that is not set; write %% for a percent sign.")
     return value
 
 
 def rank() -> int | None:
-    """Return this task's number among all of the launch; None without a launcher. Raises `LaunchError`."""
+    """Return this task's number among all of the launch; None without a launcher. Raises `UsageError`."""
     return _number(LETTERS["t"])
 
 
 def count() -> int | None:
-    """Return the number of tasks of the launch; None without a launcher. Raises `LaunchError`."""
+    """Return the number of tasks of the launch; None without a launcher. Raises `UsageError`."""
     return _number(TASKS)
 
 
 def local_number() -> int | None:
-    """Return this task's number on its node; None where no launcher says. Raises `LaunchError`."""
+    """Return this task's number on its node; None where no launcher says. Raises `UsageError`."""
     return _number(LOCAL)
 
 
@@ -134,8 +130,8 @@ def _first(names: tuple[str, ...]) -> tuple[str, str]:
 
 
 def _number(names: tuple[str, ...]) -> int | None:
-    """Return the first variable that is set, as a number. Raises `LaunchError` when it is none."""
+    """Return the first variable that is set, as a number. Raises `UsageError` when it is none."""
     name, text = _first(names)
     if name and (not text.isdecimal() or len(text) > _MAX_DIGITS):
-        raise LaunchError(f"the variable {name} must be a number from 0, got '{text}'.")
+        raise UsageError(f"the variable {name} must be a number from 0, got '{text}'.")
     return int(text) if name else None

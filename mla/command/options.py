@@ -17,11 +17,10 @@ import click
 
 from mla.command import launcher
 from mla.command.console import note
-from mla.command.exit_codes import Exit
 from mla.command.last_words import while_loading
-from mla.errors import MLAError, UsageError
+from mla.errors import UsageError
 from mla.text import counted, named_dtype
-from mla_backends import host, probe
+from mla_backends import BackendError, host, probe
 from mla_backends.known import GENERAL
 from mla_backends.registry import locate
 
@@ -158,17 +157,13 @@ def percent(text: str) -> float:
 def result_path(ctx: click.Context, parameter: click.Parameter, value: Path | None) -> Path | None:
     """Give every task of a launcher a result file of its own; ranks of one run share theirs.
 
-    Raises `LaunchError`.
+    Raises `UsageError`.
     """
     shared = ctx.params.get("parallel") is not None
     return None if value is None else launcher.result_path(value, shared)
 
 
 # ----------------------------------------------------------------------------------------------- the backend
-
-
-class NoBackend(MLAError):
-    """No backend was named, and none or several could be meant."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +227,7 @@ def backend_options(help: str) -> Callable[[Command], Command]:
 def open_backend(options: BackendOptions) -> OpenedBackend:
     """Find, probe and set up the backend on this task's device.
 
-    Raises `UsageError`, `NoBackend`, `LaunchError` or a `BackendError`; there is no fallback.
+    Raises `UsageError` or a `BackendError`; there is no fallback.
     """
     import mla
 
@@ -258,18 +253,19 @@ def open_backend(options: BackendOptions) -> OpenedBackend:
 
 
 def only_usable() -> str:
-    """Return the one usable backend; `GENERAL` only where no plugin's is. Raises `NoBackend`."""
+    """Return the one usable backend; `GENERAL` only where no plugin's is.
+
+    Raises `UsageError` where several are usable, and `BackendError` where none is.
+    """
     backends = probe.statuses()
     if not any(status.state == probe.USABLE for status in backends):
         backends.append(probe.status(GENERAL))
     usable = [status.name for status in backends if status.state == probe.USABLE]
     if len(usable) > 1:
-        raise NoBackend(f"several backends are usable: {', '.join(usable)}. Choose one with --backend.")
+        raise UsageError(f"several backends are usable: {', '.join(usable)}. Choose one with --backend.")
     if not usable:
         states = "; ".join(f"{status.name} ({status.state})" for status in backends)
-        error = NoBackend(f"no backend is usable: {states}. `mla-bench list` says why.")
-        error.exit_code = Exit.BACKEND
-        raise error
+        raise BackendError(f"no backend is usable: {states}. `mla-bench list` says why.")
     note(f"using backend '{usable[0]}', the only usable one")
     return usable[0]
 

@@ -83,10 +83,9 @@ if (code := last_words.supervise()) is not None:
 """
 
 
-def supervised(body: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", CHILD + body], capture_output=True, text=True, timeout=60, check=False
-    )
+def supervised(body: str, redirections: str = "") -> subprocess.CompletedProcess[str]:
+    command = f"exec {shlex.join([sys.executable, '-c', CHILD + body])} {redirections}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_a_backend_that_takes_long_is_named_while_it_does() -> None:
@@ -106,8 +105,7 @@ def test_a_backend_that_loads_or_raises_leaves_no_word() -> None:
 @pytest.mark.parametrize("end", ["os._exit(5)", "os.abort()"])
 def test_what_happens_after_the_last_word_changes_no_exit_code(end: str) -> None:
     """A run that ends on purpose, and libraries that crash while the interpreter shuts down."""
-    body = f"with last_words.while_running('x'):\n    last_words.dismiss(5)\n    {end}"
-    done = supervised(body)
+    done = supervised(f"with last_words.while_running('x'):\n    last_words.dismiss(5)\n    {end}")
     assert (done.returncode, done.stderr) == (5, "")
 
 
@@ -117,16 +115,9 @@ def test_what_nobody_can_read_says_nothing_of_where() -> None:
     assert (done.returncode, done.stderr) == (3, said)
 
 
-def in_a_shell(body: str, redirections: str) -> subprocess.CompletedProcess[str]:
-    words = shlex.join([sys.executable, "-c", CHILD + body])
-    return subprocess.run(
-        ["bash", "-c", f"{words} {redirections}"], capture_output=True, text=True, timeout=60, check=False
-    )
-
-
 def test_the_child_has_what_the_shell_opened_for_the_command() -> None:
     """`--baseline <(...)`."""
-    done = in_a_shell("print(open(sys.argv[1]).read())\nlast_words.dismiss()", "<(echo one)")
+    done = supervised("print(open(sys.argv[1]).read())\nlast_words.dismiss()", "<(echo one)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "one\n\n", "")
 
 
@@ -134,12 +125,12 @@ def test_the_child_has_what_the_shell_opened_for_the_command() -> None:
 def test_closed_standard_descriptors_stay_closed(closed: str) -> None:
     body = "missing = [n for n in (0, 1) if not os.path.exists(f'/proc/self/fd/{n}')]\n"
     count = closed.replace("2>&-", "").count("&-")
-    done = in_a_shell(f"{body}last_words.dismiss(len(missing))\nos._exit(len(missing))", closed)
+    done = supervised(f"{body}last_words.dismiss(len(missing))\nos._exit(len(missing))", closed)
     assert (done.returncode, done.stdout, done.stderr) == (count, "", "")
 
 
 def test_an_error_never_goes_to_stdout() -> None:
-    done = in_a_shell("os.abort()", "2>&-")
+    done = supervised("os.abort()", "2>&-")
     assert (done.returncode, done.stdout, done.stderr) == (3, "", "")
 
 

@@ -8,6 +8,7 @@ import pytest
 from launch_variables import SECOND, SetVariables
 
 from mla.command import launcher
+from mla.errors import UsageError
 
 
 @pytest.mark.parametrize(
@@ -53,7 +54,7 @@ def test_a_name_that_no_task_can_write_is_refused(
     launched: SetVariables, variables: dict[str, str], word: str, message: str
 ) -> None:
     launched(**variables)
-    with pytest.raises(launcher.LaunchError) as refused:
+    with pytest.raises(UsageError) as refused:
         launcher.result_path(Path(word))
     assert str(refused.value).startswith(message)
 

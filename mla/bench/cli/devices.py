@@ -23,6 +23,7 @@ from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
     BackendOptions,
+    Read,
     Word,
     backend_options,
     format_option,
@@ -225,7 +226,12 @@ def replay(folder: Path, name: str | None, runs: int, **chosen: Any) -> int:
 
 # -------------------------------------------------------------------------------------------------- ceilings
 
-DEFAULT_DTYPES = ("bf16", "fp32")
+DEFAULT_DTYPES = ("bfloat16", "float32")
+
+
+def dtypes_of(text: str) -> list[str]:
+    """Read "bf16,float32" as torch's names of them. Raises `UsageError`."""
+    return list(dict.fromkeys(named_dtype(word.strip()) for word in text.split(",")))
 
 
 @dataclass(frozen=True)
@@ -233,8 +239,8 @@ class CeilingOptions(BackendOptions):
     """The options of `ceilings`, one field each."""
 
     # fmt: off
-    dtype: Annotated[str | None, click.option(
-        "--dtype", metavar="A,B",
+    dtypes: Annotated[list[str] | None, click.option(
+        "--dtype", "dtypes", metavar="A,B", type=Read(dtypes_of),
         help="Dtypes of products: bf16, fp16, fp32. Default: bf16 and fp32, as far as they are native.",
     )]
     output: Annotated[Path | None, click.option(
@@ -244,11 +250,6 @@ class CeilingOptions(BackendOptions):
     )]
     kind: Annotated[str, format_option(terminal.FORMATS, "Format of what is printed on stdout.")]
     # fmt: on
-
-    def dtype_names(self) -> list[str]:
-        """Return what --dtype lists, under torch's names. Raises `UsageError`."""
-        words = DEFAULT_DTYPES if self.dtype is None else self.dtype.split(",")
-        return list(dict.fromkeys(named_dtype(word.strip()) for word in words))
 
 
 @click.command(short_help="Measure a device's peak bandwidth and FLOP rate.")
@@ -265,13 +266,12 @@ def ceilings(options: CeilingOptions) -> int:
     Exit code 0; 2 for a mistake; 3 if the backend cannot be used; 5 if nothing could be measured; 130 if
     interrupted, 143 by SIGTERM, 129 by SIGHUP.
     """
-    names = options.dtype_names()
     if options.output:
         files.check_writable(options.output, files.RESULT)
     from mla.bench.run.ceilings import all_tasks, report, run_tasks
 
     opened = open_backend(options)
-    dtypes = _native(opened.backend, names, explicit=options.dtype is not None)
+    dtypes = _native(opened.backend, options.dtypes)
     result = report(opened, *run_tasks(all_tasks(opened.backend, dtypes)))
     try:
         if options.output:
@@ -284,13 +284,12 @@ def ceilings(options: CeilingOptions) -> int:
     return Exit.OK if result.measured else Exit.NOTHING_RAN
 
 
-def _native(backend: Backend, names: list[str], *, explicit: bool) -> list[torch.dtype]:
+def _native(backend: Backend, names: Sequence[str] | None) -> list[torch.dtype]:
     """Return the dtypes to measure; those the user named must be native, others are skipped."""
     import torch
 
-    dtypes = [getattr(torch, name) for name in names]
-    if explicit:
-        for dtype in dtypes:
-            refuse(of_dtype(backend, dtype))
+    dtypes = [getattr(torch, name) for name in names or DEFAULT_DTYPES]
+    for dtype in dtypes if names else ():
+        refuse(of_dtype(backend, dtype))
     native = backend.dtypes()
     return [dtype for dtype in dtypes if dtype in native] or list(native)

@@ -352,8 +352,8 @@ def command(words: Iterable[str]) -> str:
 # ------------------------------------------------------------------------------------------------ validation
 
 # Every mistake shows here, before any work: `refuse` raises the first sentence that a generator below yields.
-# Those of lengths, options and points need only the command line and the workload; the others also the
-# layer or the device, which starts slowly.
+# Those of options and points need only the command line and the workload; the others also the layer or the
+# device, which starts slowly.
 
 SELECTS = ("topk", "selection")  # axes of ops that select
 # Ranks of a prediction: the result has the samples of each.
@@ -390,8 +390,12 @@ def _given(options: RunOptions, flags: Iterable[str]) -> str:
     return next((flag for flag in flags if flag in named), "")
 
 
-def of_lengths(options: RunOptions) -> Iterator[str]:
-    """Yield which options exclude each other, and that a threshold has no run to compare with."""
+def of_options(options: RunOptions, axes: Axes, op_of_file: str | None) -> Iterator[str]:
+    """Yield which options exclude or contradict each other, or lack one that they need.
+
+    `op_of_file`: the op that the workload names. Raises `UsageError` for a name of an implementation that
+    cannot be read.
+    """
     if options.baseline is None and options.fail_slower is not None:
         yield "--fail-slower needs a run to compare with: add --baseline FILE."
     if options.preset and options.workload:
@@ -399,35 +403,23 @@ def of_lengths(options: RunOptions) -> Iterator[str]:
     for flags, others, why in _EXCLUSIVE:
         if (flag := _given(options, flags)) and (other := _given(options, others)):
             yield f"{flag} and {other} are mutually exclusive: {why}."
-
-
-def of_sparse(options: RunOptions, op_of_file: str | None) -> Iterator[str]:
-    """Yield that an op selects nothing, on a workload whose ops, `op_of_file`, do."""
-    ops = [] if options.op is None else ops_of(options.op)
-    dense = next((op for op in ops if op not in SPARSE), None)
+    op, of_file = options.op or op_of_file, f"workload '{options.workload_name}'"
+    dense = next((each for each in ops_of(options.op or "") if each not in SPARSE), "")
     if dense and op_of_file and not set(SPARSE).isdisjoint(ops_of(op_of_file)):
         yield (
-            f"workload '{options.workload_name}' is for {', '.join(SPARSE)}, and {dense} selects nothing: "
-            "leave --op out, or give its batches with --batch-spec."
+            f"{of_file} is for {', '.join(SPARSE)}, and {dense} selects nothing: leave --op out, or give its "
+            "batches with --batch-spec."
         )
-
-
-def of_options(options: RunOptions, axes: Axes, op_of_file: str | None = None) -> Iterator[str]:
-    """Yield which options contradict each other or lack one that they need.
-
-    `op_of_file`: the op to time, if the workload names it and the user does not. Raises `UsageError` for a
-    name of an implementation that cannot be read.
-    """
     options.implementation_names  # noqa: B018  # raises
     shape = [flag for flag, value in options.op_shape.items() if value is not None]
     for flag in shape:
         if flag[2:].replace("-", "_") in axes:
             yield f"{flag} and an axis of that name are mutually exclusive: keep one."
-    if shape and options.op is None and not options.batch_specs:
+    if shape and op is None and not options.batch_specs:
         yield f"{shape[0]} shapes one op: it needs --op; a workload has its own lengths, and axes (-a)."
-    if options.op is not None and (flag := _given(options, _OF_LAYERS)):
-        where = f" by workload '{options.workload_name}'" if op_of_file else ""
-        yield f"{flag} is about the whole layer, and {options.op} is timed alone{where}: leave one out."
+    if op is not None and (flag := _given(options, _OF_LAYERS)):
+        where = "" if options.op else f" by {of_file}"
+        yield f"{flag} is about the whole layer, and {op} is timed alone{where}: leave one out."
     if options.layer is not None and not options.model_path:
         yield "--layer chooses a layer of a checkpoint: it needs --model-path."
     size, trace = options.page_size, options.profile

@@ -102,17 +102,15 @@ def _points(options: RunOptions) -> tuple[RunOptions, list[Point]]:
     short = [f"{name}={value}" for name, value in values.items() if value is not None]
     options = replace(options, axes=(*options.axes, *short))
     axes = grid.parse(options.axes)  # what the user wrote is judged before any file
-    commands.refuse(commands.of_lengths(options))
     scenarios: Sequence[Scenario] = batch_scenarios(options.batch_specs) if options.batch_specs else ()
-    by_file = None  # the op of a workload
+    workload = None
     if not options.batch_specs and (options.op is None or options.workload_flag):
         workload = read_workload(options.workload_name)
         scenarios = select(workload.scenarios, options.scenarios)
-        by_file = workload.op if options.op is None else None
-        commands.refuse(commands.of_sparse(options, workload.op))
+    commands.refuse(commands.of_options(options, axes, workload.op if workload else None))
+    if workload:
         options = _with_defaults(options, workload, scenarios)
         axes = grid.parse(options.axes)
-    commands.refuse(commands.of_options(options, axes, by_file))
     if options.op is not None:
         alone = op_scenario(options.op, options.batch, options.kv, options.q_len, options.heads)
         scenarios = [op_of_batch(options.op, each, options.heads) for each in scenarios] or [alone]
@@ -131,16 +129,13 @@ def _with_defaults(options: RunOptions, workload: Workload, scenarios: Sequence[
     An option that one of the scenarios has an axis for replaces it, as an axis of the command line does, and
     becomes one.
     """
-    changed: dict[str, Any] = {"axes": options.axes}
-    if options.config is None and options.model_path is None:
-        changed["config"] = workload.config
-    if options.op is None:
-        changed["op"] = workload.op
-    axes = {axis for scenario in scenarios for axis in scenario.axes}
-    for name in axes.difference(axis.partition("=")[0] for axis in options.axes) & {"dtype", "page_size"}:
-        if (value := getattr(options, name)) is not None:
-            changed |= {name: None, "axes": (*changed["axes"], f"{name}={value}")}
-    return replace(options, **changed)
+    config = workload.config if (options.config, options.model_path) == (None, None) else options.config
+    op = workload.op if options.op is None else options.op
+    given = {axis.partition("=")[0] for axis in options.axes}
+    own = {axis for scenario in scenarios for axis in scenario.axes} - given
+    moved = {name: getattr(options, name) for name in ("dtype", "page_size") if name in own}
+    more = [f"{name}={value}" for name, value in moved.items() if value is not None]
+    return replace(options, config=config, op=op, axes=(*options.axes, *more), **dict.fromkeys(moved))
 
 
 # ---------------------------------------------------------------------------------------------- link

@@ -113,8 +113,8 @@ def test_what_is_not_begun_in_time_is_left_out_and_named(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["--dtype", "bf61"], 2, "error: unknown dtype 'bf61'. Did you mean 'bf16'? Choose from: bf16, "),
-        (["--dtype", ""], 2, "error: unknown dtype ''. Choose from: bf16, fp16, fp32."),
+        (["--dtype", "bf61"], 2, "Error: Invalid value for '--dtype': unknown dtype 'bf61'. Did you mean "),
+        (["--dtype", "bf16, fp32,"], 2, "Error: Invalid value for '--dtype': unknown dtype ''. Choose "),
         (["-O", "x=1"], 2, "error: backend 'cpu' has no option 'x'; it knows: threads"),
         (["--device", "7"], 3, "error: backend 'cpu' has no device 7: it has 1, numbered from 0."),
         (["-o", "no/c.json"], 2, "error: cannot write 'no/c.json': there is no folder 'no'."),

@@ -197,35 +197,26 @@ def test_an_unknown_name_gets_one_list_of_each_kind(bench: Bench) -> None:
 DEVICE = "    def device_info(self): return {}\nfrom mla_backends.api import DeviceInfo, MemoryInfo, Peak"
 
 
+# What device_info() returns -> how the sentence says it.
+NO_INFO = {
+    "DeviceInfo('d', cache_bytes=-5)": "cache_bytes -5, not a ",
+    "DeviceInfo('d', memory_bytes=0)": "memory_bytes 0, not a ",
+    "DeviceInfo('d', memory_bytes=1.5)": "memory_bytes 1.5, not ",
+    "DeviceInfo('d', bandwidth=Peak(0, 'x'))": "bandwidth per second 0, ",
+    "DeviceInfo('d', bandwidth=Peak(1e9, None))": "bandwidth of the source None, not a printable text",
+    "DeviceInfo('d', flops={'x': 3})": "flops of 'x' 3, not a Peak",
+    "DeviceInfo('\\x1b[31mred')": r"the name '\x1b[31mred', not a ",
+    "None": "None, not a DeviceInfo",
+}
+
+
 @pytest.mark.parametrize(
     ("lines", "sentence"),
     [
-        (DEVICE.format("DeviceInfo('d', cache_bytes=-5)"), "device_info() returned cache_bytes -5, not a "),
-        (DEVICE.format("DeviceInfo('d', memory_bytes=0)"), "device_info() returned memory_bytes 0, not a "),
-        (DEVICE.format("DeviceInfo('d', memory_bytes=1.5)"), "device_info() returned memory_bytes 1.5, not "),
-        (
-            DEVICE.format("DeviceInfo('d', bandwidth=Peak(0, 'x'))"),
-            "device_info() returned bandwidth per second 0, ",
-        ),
-        (
-            DEVICE.format("DeviceInfo('d', bandwidth=Peak(1e9, None))"),
-            "device_info() returned bandwidth of the source None, not a printable text",
-        ),
-        (
-            DEVICE.format("DeviceInfo('d', flops={'x': 3})"),
-            "device_info() returned flops of 'x' 3, not a Peak",
-        ),
-        (
-            DEVICE.format("DeviceInfo('\\x1b[31mred')"),
-            r"device_info() returned the name '\x1b[31mred', not a ",
-        ),
-        (DEVICE.format("None"), "device_info() returned None, not a DeviceInfo"),
+        *((DEVICE.format(made), f"device_info() returned {said}") for made, said in NO_INFO.items()),
         ("    def setup(self, index=None): return 'cpu'", "setup() returned 'cpu', not a torch.device"),
         ("    def memory(self): return None", "memory() returned None, not a MemoryInfo"),
-        (
-            "    def dtypes(self): return ('float32',)",
-            "dtypes() returned ('float32',), not a tuple of torch ",
-        ),
+        ("    def dtypes(self): return ('float32',)", "dtypes() returned ('float32',), not a tuple of "),
     ],
 )
 def test_what_no_result_could_hold_is_refused_when_the_backend_is_opened(

@@ -42,6 +42,7 @@ PLACES = {
 
 
 OTHERS = [(place, said) for place in ("setup", "ops", "call") for said in ("GeneratorExit", "Odd: why")]
+OTHERS += [("ops", "OSError: 2")]
 
 
 @pytest.mark.parametrize(("place", "raised"), [*((place, "SystemExit: 0") for place in PLACES), *OTHERS])
@@ -55,13 +56,6 @@ def test_a_plugin_that_ends_the_process_is_named_and_is_no_success(
     assert raised in done.error
     assert PLACES[place] in done.error
     assert "Traceback" not in done.err
-
-
-def test_the_backend_is_named_for_what_is_an_ordinary_error_too(bench: Bench, small: list[str]) -> None:
-    done = bench(*LEAVING, *small, "-O", "at=ops", "-O", "raises=OSError", "--list-ops")
-    assert done.code == 3
-    assert "OSError: 2 (leaving_backend.py:" in done.error
-    assert "ops() of backend 'leaving'" in done.error
 
 
 @pytest.mark.parametrize("what", ["BackendError", "SystemExit", "OSError"])
