@@ -25,7 +25,7 @@ from mla_backends.kernels.vendor import (
     layer_reasons,
     padded,
 )
-from mla_backends.selftest import failures, try_expanded
+from mla_backends.selftest import try_expanded
 from mla_backends.upload import integers, upload
 
 if TYPE_CHECKING:
@@ -93,6 +93,9 @@ class VarlenState:
     causal: bool
 
 
+Attended = tuple["torch.Tensor", "torch.Tensor"]
+
+
 class VarlenOp(VendorOp):
     """One launch for all segments, in a subclass's `attend`, of a kernel in the form of FlashAttention's.
 
@@ -105,16 +108,12 @@ class VarlenOp(VendorOp):
     contiguous = False  # the kernel reads q, k and v as if they were, whatever their strides are
 
     @abstractmethod
-    def attend(
-        self,
-        state: VarlenState,
-        q: torch.Tensor,  # [Tq, h, n + r]
-        k: torch.Tensor,  # [Tk, h, n + r]
-        v: torch.Tensor,  # [Tk, h, v], or padded to the width of k
-        softmax_scale: float,
-        out: torch.Tensor,  # [Tq, h, v]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return out, or [Tq, h, as wide as v], and the natural log-sum-exp: [h, Tq], or [n, h, longest]."""
+    def attend(self, state: VarlenState, given: Mapping[str, Any], out: torch.Tensor) -> Attended:
+        """Return out [Tq, h, v], or [Tq, h, as wide as v], and the natural log-sum-exp.
+
+        Given are q [Tq, h, n + r], k [Tk, h, n + r], v [Tk, h, v], or padded to the width of k, and the
+        scale. The log-sum-exp is [h, Tq], or [n, h, longest].
+        """
 
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
@@ -145,8 +144,8 @@ class VarlenOp(VendorOp):
             return
         if self.limits.pads(k.shape[2], v.shape[2]):
             v = padded(self._scratch, k, v)
-        q, k, v = map(self._as_read, (q, k, v))
-        value, sums = self.attend(state, q, k, v, float(softmax_scale), out)
+        given = {name: self._as_read(operand) for name, operand in (("q", q), ("k", k), ("v", v))}
+        value, sums = self.attend(state, {**given, "scale": float(softmax_scale)}, out)
         if value is not out:
             out.copy_(value[..., : out.shape[2]])
         if lse is not None:
@@ -184,15 +183,11 @@ class FlashAttnVarlen(VarlenOp):
     needs: Mapping[str, Mapping[str, Any]] = {FUNCTION: ARGUMENTS}
     limits = VarlenLimits()
 
-    def attend(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def attend(self, state: VarlenState, given: Mapping[str, Any], out: torch.Tensor) -> Attended:
         """Call the function. Raises `KernelRefused` when it returns no log-sum-exp."""
         function = getattr(self._vendor, FUNCTION)
         asks = {name: True for name in ASKS if accepts(function, name)}
-        more = {"q": q, "k": k, "v": v, "scale": softmax_scale}
-        result = self._call(FUNCTION, state, more, **asks)
+        result = self._call(FUNCTION, state, given, **asks)
         if not isinstance(result, tuple):
             raise KernelRefused(
                 f"{self._vendor.name}.{FUNCTION} returns no log-sum-exp; use another release."
@@ -215,13 +210,14 @@ class FlashAttnVarlen(VarlenOp):
 OPERATOR = "_flash_attention_forward"
 # Queries and keys of tiny segments: one without history, one with it, a single query, no queries, no keys.
 TRIED = ((5, 3, 1, 0, 2), (5, 70, 9, 3, 0))
-VARLEN_CURE = "use a torch that is built with it, or another op (`--ops reference` takes none of its kind)"
 
 
 class TorchVarlen(VarlenOp):
     """torch's own FlashAttention: needs no package besides torch. fp16 and bf16, heads of at most 256."""
 
     module = "torch"
+    label = "torch's own flash attention"
+    cure = "use a torch that is built with it, or another op (`--ops reference` takes none of its kind)"
     needs: Mapping[str, Mapping[str, Any]] = {}
     # Its kernel takes equal widths, in multiples of 8: torch's SDPA pads to that before it calls it.
     limits = VarlenLimits(multiple_of=8)
@@ -230,28 +226,20 @@ class TorchVarlen(VarlenOp):
         why = _no_kernel(spec.device)
         return ([why] if why else []) + super().layer_reasons(spec)
 
-    def preflight(self, spec: AttentionSpec) -> list[str]:
+    def attempt(self, spec: AttentionSpec) -> str:
         """Attend a few tiny segments and compare with the definition: reads back, so never while timing."""
-        few = replace(spec, num_heads=2)
+        for causal, how in ((True, "causal"), (False, "without a mask")):
+            if wrong := try_expanded(self, replace(spec, num_heads=2), TRIED, causal):
+                return f"{wrong} ({how})"
+        return ""
 
-        def attempt() -> str:
-            for causal, how in ((True, "causal"), (False, "without a mask")):
-                if wrong := try_expanded(self, few, TRIED, causal):
-                    return f"{wrong} ({how})"
-            return ""
-
-        return failures(attempt, "torch's own flash attention", VARLEN_CURE)
-
-    def attend(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def attend(self, state: VarlenState, given: Mapping[str, Any], out: torch.Tensor) -> Attended:
         """Call the operator, without dropout (0.0) and without a debug mask (False)."""
         import torch
 
         result = getattr(torch.ops.aten, OPERATOR)(
-            q, k, v, state.cu_q, state.cu_k, state.longest_q, state.longest_k, 0.0, state.causal, False,
-            scale=softmax_scale,
+            given["q"], given["k"], given["v"], state.cu_q, state.cu_k, state.longest_q, state.longest_k,
+            0.0, state.causal, False, scale=given["scale"],
         )  # fmt: skip
         return result[0], result[1]
 

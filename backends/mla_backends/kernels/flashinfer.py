@@ -26,7 +26,6 @@ from mla_backends.kernels.vendor import (
     VendorOp,
     accepts,
     capturing,
-    missing,
     multiprocessors,
 )
 from mla_backends.upload import integers, upload
@@ -63,12 +62,8 @@ class Release:
             return [self.vendor.with_hint(why)]
         tables = ("metadata",) if self._structured else FLAT
         operands = PAIRS if self.takes("run", *PAIRS) else PARTS
-        wanted = {"plan": (*tables, *PLAN), "run": (*operands, *RUN)}
-        return [
-            self.vendor.with_hint(reason)
-            for method, names in wanted.items()
-            for reason in missing(getattr(self.wrapper, method), f"{CLASS}.{method}", names)
-        ]
+        wanted = {f"{CLASS}.plan": (*tables, *PLAN), f"{CLASS}.run": (*operands, *RUN)}
+        return self.vendor.differences(wanted)
 
     @property
     def wrapper(self) -> Any:

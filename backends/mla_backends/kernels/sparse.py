@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mla_backends.api import OPS, AttentionSpec, BatchView
 from mla_backends.kernels.latent import DECODE, KEPT, PLAN, FlashMla
 from mla_backends.kernels.paged import E4M3_QUERIES, LatentLimits, Launch, PagedLatentOp, Result
-from mla_backends.kernels.vendor import OTHER_OPS, KernelRefused, accepts, capturing, missing
+from mla_backends.kernels.vendor import OTHER_OPS, KernelRefused, accepts, capturing
 from mla_backends.slots import selected_slots
 
 if TYPE_CHECKING:
@@ -137,9 +137,9 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
         return bool(spec.cache_format)
 
     def interface_reasons(self) -> list[str]:
-        plan = self._vendor.get_mla_metadata
-        wanted = PLAN_ARGUMENTS if accepts(plan, "topk") else ()
-        return super().interface_reasons() or missing(plan, f"{self._vendor.name}.{PLAN}", wanted)
+        told = accepts(self._vendor.get_mla_metadata, "topk")
+        wanted = {PLAN: PLAN_ARGUMENTS} if told else {}
+        return super().interface_reasons() or self._vendor.differences(wanted)
 
     def launch(self, plan: SparseState, call: Launch) -> Result:
         if not plan.spec.cache_format:
@@ -147,10 +147,10 @@ class FlashMlaSparse(SparseLatentOp, FlashMla):
         width = call.longest
         plans = {} if call.captured else plan.plans  # what is captured lives as long as the graph
         if width not in plans:
-            plans[width] = self._planned(call.q, width)
+            plans[width] = self._plan_of(call.q, width)
         return self._of_bytes(plans[width], call)
 
-    def _planned(self, q: torch.Tensor, width: int) -> Any:
+    def _plan_of(self, q: torch.Tensor, width: int) -> Any:
         """Return the plan and splits of q [T, h, c + r]: of shapes alone, or an object that a call fills."""
         plan = self._vendor.get_mla_metadata
         if not accepts(plan, "topk"):

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mla_backends.api import AttentionSpec, BatchView
-from mla_backends.kernels.expanded import VarlenLimits, VarlenOp, VarlenState
+from mla_backends.kernels.expanded import Attended, VarlenLimits, VarlenOp, VarlenState
 from mla_backends.kernels.paged import (
     E4M3_QUERIES,
     Group,
@@ -138,11 +138,8 @@ class TokenspeedPrefill(Tokenspeed, VarlenOp):
     compiles = "tokenspeed_mla's prefill kernel"
     contiguous = True
 
-    def attend(
-        self, state: VarlenState, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float,
-        out: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    def attend(self, state: VarlenState, given: Mapping[str, Any], out: torch.Tensor) -> Attended:
         target = out if out.is_contiguous() and is_aligned(out) else None
-        more = {"q": q, "k": k, "v": v, "scale": softmax_scale, "target": target, "count": len(state.kv_lens)}
+        more = {**given, "target": target, "count": len(state.kv_lens)}
         value, sums = self._call(PREFILL, state, more)
         return value, sums.t()

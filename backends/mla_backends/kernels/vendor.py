@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -59,12 +60,12 @@ class VendorModule:
             return [reason]
         return [f"{self.name} has no {name}" for name in self._needs if not hasattr(module, name)]
 
-    def differences(self) -> list[str]:
-        """Return which keywords its functions do not take (empty if they take all)."""
+    def differences(self, needs: Mapping[str, Iterable[str]] | None = None) -> list[str]:
+        """Return which keywords its functions, or others and "Class.method", do not take (empty if all)."""
         return [
             self.with_hint(reason)
-            for name, arguments in self._needs.items()
-            for reason in missing(getattr(self, name), f"{self.name}.{name}", arguments)
+            for name, arguments in (self._needs if needs is None else needs).items()
+            for reason in missing(operator.attrgetter(name)(self), f"{self.name}.{name}", arguments)
         ]
 
     def __getattr__(self, name: str) -> Any:
@@ -115,15 +116,10 @@ class VendorOp(FusedOp):
     limits: Any
     tried = False  # before the first use: it may not work on a device that it is made for
     cure = ""  # of a kernel that cannot be compiled or loaded; with one, it is tried
+    label = ""  # of what is tried; else it is the module
 
     def __init__(
-        self,
-        limits: Any = None,
-        *,
-        module: str = "",
-        install: str = "",
-        compiles: str = "",
-        cure: str = "",
+        self, limits: Any = None, *, module: str = "", install: str = "", compiles: str = "", cure: str = ""
     ) -> None:
         """Take the kernel's limits on a vendor's devices, and how to get the module.
 
@@ -161,7 +157,8 @@ class VendorOp(FusedOp):
 
     def preflight(self, spec: Any) -> list[str]:
         """Return why the kernel does not work on this device, after a tiny problem."""
-        return failures(lambda: self.attempt(spec), self._vendor.name, self.cure) if self.cure else []
+        label = self.label or self._vendor.name
+        return failures(lambda: self.attempt(spec), label, self.cure) if self.cure else []
 
     def attempt(self, spec: Any) -> str:
         """Compute a tiny problem; return what is wrong, "" if nothing.

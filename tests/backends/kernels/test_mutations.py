@@ -395,8 +395,8 @@ class NeverCausal(FlashAttnVarlen):
 class ValuesBehind(FlashAttnVarlen):
     """Values are padded in front and cut behind."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        return super().attend(state, q, k, v.roll(192 - 128, dims=2), *rest)
+    def attend(self, state: Any, given: Any, out: Any) -> Any:
+        return super().attend(state, {**given, "v": given["v"].roll(192 - 128, dims=2)}, out)
 
 
 class RawLogs(FlashAttnVarlen):

@@ -144,8 +144,8 @@ def test_a_build_without_the_kernel_is_refused(stacked: Any, make_spec: Any) -> 
 class NoScale(TorchVarlen):
     """The kernel's own scale, which is not that of a model with YaRN."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, softmax_scale: float, out: Any) -> Any:
-        return super().attend(state, q, k, v, q.shape[2] ** -0.5, out)
+    def attend(self, state: Any, given: Any, out: Any) -> Any:
+        return super().attend(state, {**given, "scale": given["q"].shape[2] ** -0.5}, out)
 
 
 class AlwaysMask(TorchVarlen):
@@ -167,8 +167,8 @@ class StaleLogs(TorchVarlen):
 class ValuesBehind(TorchVarlen):
     """Values are padded in front and cut behind."""
 
-    def attend(self, state: Any, q: Any, k: Any, v: Any, *rest: Any) -> Any:
-        return super().attend(state, q, k, v.roll(192 - 128, dims=2), *rest)
+    def attend(self, state: Any, given: Any, out: Any) -> Any:
+        return super().attend(state, {**given, "v": given["v"].roll(192 - 128, dims=2)}, out)
 
 
 @pytest.mark.parametrize("mutant", [NoScale, AlwaysMask, StaleLogs, ValuesBehind])

@@ -100,7 +100,7 @@ RENAMED = {
         "class BatchMLAPagedAttentionWrapper:\n    def plan(self, **anything): ...\n"
         "    def run(self, q_nope, q_pe, ckv_cache, kpe_cache, out, return_lse, "
         "return_lse_base_on_e): ...",
-        "BatchMLAPagedAttentionWrapper.run takes no argument lse",
+        "flashinfer.mla.BatchMLAPagedAttentionWrapper.run takes no argument lse",
     ),
     "flash_attn": (
         "def flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, "
