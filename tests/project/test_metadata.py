@@ -37,14 +37,6 @@ def required(project: dict[str, Any]) -> list[Requirement]:
 
 
 @each
-def test_the_version_has_one_home(folder: Path) -> None:
-    project = PROJECTS[folder]
-    assert project["project"]["dynamic"] == ["version"]
-    assert "version" not in project["project"]
-    assert (folder / project["tool"]["hatch"]["version"]["path"]).resolve() == ROOT / "mla" / "__init__.py"
-
-
-@each
 def test_a_distribution_takes_the_others_of_the_same_minor_version(folder: Path) -> None:
     here = Version(mla.__version__)
     bounds = f">={here.major}.{here.minor},<{here.major}.{here.minor + 1}"
@@ -56,12 +48,13 @@ def test_a_distribution_takes_the_others_of_the_same_minor_version(folder: Path)
 @each
 def test_every_distribution_says_the_same_of_itself(folder: Path) -> None:
     project, core = PROJECTS[folder]["project"], PROJECTS[ROOT]["project"]
+    home = PROJECTS[folder]["tool"]["hatch"]["version"]["path"]
+    assert (project["dynamic"], "version" in project) == (["version"], False)
+    assert (folder / home).resolve() == ROOT / "mla" / "__init__.py"
     for key in ("license", "license-files", "requires-python"):
         assert project[key] == core[key], key
     assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    shared = {
-        classifier for classifier in core["classifiers"] if not classifier.startswith("Operating System")
-    }
+    shared = {said for said in core["classifiers"] if not said.startswith("Operating System")}
     assert shared <= set(project["classifiers"])
     assert "Typing :: Typed" in shared
     named = {int(said.removeprefix(PYTHON)) for said in project["classifiers"] if said.startswith(PYTHON)}

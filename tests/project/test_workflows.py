@@ -55,14 +55,12 @@ def test_the_scan_sees_what_a_workflow_calls() -> None:
 
 @each
 def test_everything_that_a_workflow_names_is_there(path: Path) -> None:
-    named = [name for command in commands(path.read_text("utf-8")) for name in TREE.findall(command)]
+    """And an action is a commit that nobody can move."""
+    run = commands(path.read_text("utf-8"))
+    named = [name for command in run for name in TREE.findall(command)]
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-@each
-def test_an_action_is_a_commit_that_nobody_can_move(path: Path) -> None:
-    for used in commands(path.read_text("utf-8")):
+    for used in run:
         if "@" in used:
             assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", used), used
 
