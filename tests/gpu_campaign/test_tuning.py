@@ -32,14 +32,19 @@ RAGGED_ROWS = 3  # which no shape has
 A, B, C, D = (Tile(16, keys, 4, stages) for keys in (16, 32) for stages in (1, 2))
 
 
+def ignored(*_: object) -> None:
+    """Do nothing."""
+
+
 class Device:
     """A backend whose clock moves by what its ops say that they cost, in milliseconds."""
 
     name = "acme"
     device = CPU
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, act: Callable[..., None] = ignored, sum_up: Callable[..., None] = ignored) -> None:
+        """`act` of a tile, its launcher and `out`; `sum_up` of a tile and its log-sum-exp."""
+        self.act, self.sum_up, self.now = act, sum_up, 0.0
         self.called: list[tuple[Tile, int, bool]] = []  # with so many rows, and with lse or not
 
     def ops(self) -> dict[str, FusedOp]:
@@ -53,12 +58,6 @@ class Device:
 
     def cost(self, tile: Tile) -> float:
         return tile.keys * tile.stages / tile.programs * (1 if tile.halves else 1.25)
-
-    def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-        """Do what a test wants of a tile."""
-
-    def sum_up(self, tile: Tile, lse: torch.Tensor) -> None:
-        """Do what a test wants of the log-sum-exp."""
 
     def timer(self) -> Any:
         began = []
@@ -123,16 +122,15 @@ def test_tiles_are_ranked_by_their_times_on_all_shapes(kind: str, tmp_path: Path
 
 
 def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason(tmp_path: Path) -> None:
-    class Troubled(Device):
-        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-            if tile == A:
-                launcher.remarks.append("attend runs with another tile, as 16 rows do not fit this device")
-            if tile == B:
-                out[-1] *= 1.05
-            if tile == C:
-                raise KernelRefused("attend does not fit this device in any tile.")
+    def troubled(tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        if tile == A:
+            launcher.remarks.append("attend runs with another tile, as 16 rows do not fit this device")
+        if tile == B:
+            out[-1] *= 1.05
+        if tile == C:
+            raise KernelRefused("attend does not fit this device in any tile.")
 
-    device = Troubled()
+    device = Device(troubled)
     device.ops = lambda: device.make(Tuning({1: D}, {1: D}), Launcher())  # type: ignore[method-assign]
     sweeping, sweep = tuner(device, tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
@@ -146,11 +144,10 @@ def test_a_tile_that_does_not_fit_is_wrong_or_breaks_is_left_out_with_the_reason
 
 
 def test_every_shape_is_checked_before_any_is_timed(tmp_path: Path) -> None:
-    class LateFault(Device):
-        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-            out[0] *= 2 if len(out) == 2 else 1
+    def late_fault(tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        out[0] *= 2 if len(out) == 2 else 1
 
-    device = LateFault()
+    device = Device(late_fault)
     tiles = TileClass("latent-16", "latent", 1, (Shape(3, 9, 2), Shape(2, 20, 2)), (A,))
     sweeping, sweep = tuner(device, tiles, tmp_path / "x.json")
     sweeping.run(always, 60)
@@ -180,16 +177,15 @@ def test_only_the_fastest_is_checked_with_ragged_lengths_and_lse_and_all_is_time
 
 @pytest.mark.parametrize("of", ["rows", "lse"])
 def test_the_next_tile_is_taken_if_the_fastest_is_wrong_where_lengths_differ(of: str, tmp_path: Path) -> None:
-    class Uneven(Device):
-        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-            if of == "rows" and tile in (A, B) and len(out) == RAGGED_ROWS:
-                out[-1] *= 1.05
+    def uneven(tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        if of == "rows" and tile in (A, B) and len(out) == RAGGED_ROWS:
+            out[-1] *= 1.05
 
-        def sum_up(self, tile: Tile, lse: torch.Tensor) -> None:
-            if of == "lse" and tile in (A, B):
-                lse[0, 0] += 0.1
+    def uneven_sum(tile: Tile, lse: torch.Tensor) -> None:
+        if of == "lse" and tile in (A, B):
+            lse[0, 0] += 0.1
 
-    sweeping, sweep = tuner(Uneven(), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
+    sweeping, sweep = tuner(Device(uneven, uneven_sum), tuned(A, B, C, D, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert sweep.best() == sweep.find(C)
     assert {trial.tile for trial in sweep.trials if trial.wrong} == {A, B}
@@ -206,11 +202,10 @@ def test_a_sweep_without_a_confirmed_tile_gives_no_tuning() -> None:
 
 
 def test_rows_that_are_not_written_are_wrong(tmp_path: Path) -> None:
-    class Forgetful(Device):
-        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-            out[0, 0] = torch.nan
+    def forgetful(tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        out[0, 0] = torch.nan
 
-    sweeping, sweep = tuner(Forgetful(), tuned(A, changes=()), tmp_path / "x.json")
+    sweeping, sweep = tuner(Device(forgetful), tuned(A, changes=()), tmp_path / "x.json")
     sweeping.run(always, 60)
     assert all(trial.wrong and trial.fault.startswith("wrong by inf") for trial in sweep.trials)
 
@@ -234,15 +229,14 @@ def test_a_sweep_that_was_cut_goes_on_and_tries_nothing_twice(tmp_path: Path) ->
 
 
 def test_a_tile_that_ended_the_process_is_not_tried_again(tmp_path: Path) -> None:
-    class Deadly(Device):
-        def act(self, tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
-            if tile == B:
-                raise KeyboardInterrupt  # as good as abort(): nothing catches it
+    def deadly(tile: Tile, launcher: Launcher, out: torch.Tensor) -> None:
+        if tile == B:
+            raise KeyboardInterrupt  # as good as abort(): nothing catches it
 
     path = tmp_path / "x.json"
     with pytest.raises(KeyboardInterrupt):
-        tuner(Deadly(), tuned(A, B, C), path)[0].run(always, 60)
-    sweeping, sweep = tuner(Deadly(), tuned(A, B, C), path)
+        tuner(Device(deadly), tuned(A, B, C), path)[0].run(always, 60)
+    sweeping, sweep = tuner(Device(deadly), tuned(A, B, C), path)
     assert sweeping.run(always, 60) == 0
     assert {trial.tile for trial in sweep.trials if trial.fault} == {B}
     assert [trial.fault for trial in sweep.trials if trial.tile == B] == [trials.BROKE_OFF]
