@@ -44,7 +44,7 @@ REST: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "ranks": (
         "several processes that meet, and die",
-        (r"tests/bench/ranks/test_(faults|agreement|doubts|runs?)\.", r"tests/parallel/test_ranks"),
+        (r"tests/bench/ranks/test_(faults|agreement|doubts)\.", r"tests/parallel/test_ranks"),
     ),
     "models": (
         "models of transformers, and checkpoints of their size",
