@@ -239,18 +239,18 @@ def _name(frames: _Frames, at: int) -> str:
     """Return "op 'name' of role" for the op of frame `at`, from what its callers hold; else ""."""
     from mla.layer.ops import Choice, Ops
 
-    op = _self(frames[at][0])
+    op, alone = _self(frames[at][0]), ""  # `alone`: without a role, which a caller farther out may know
     for known in (frame.f_locals for frame, _ in reversed(frames[:at])):
         for held in (*known.values(), *getattr(known.get("self"), "__dict__", {}).values()):
             if isinstance(held, Choice) and held.op is op:
-                return f"op '{held.name}'"
+                alone = alone or f"op '{held.name}'"
             if isinstance(held, Ops) and (roles := [role for role in held.names() if held[role].op is op]):
                 named = known.get("role")  # one op may serve several weights
                 said = named if named in roles else " or ".join(roles)
                 return f"op '{held[roles[0]].name}' of {said}"
         if known.get("op") is op and isinstance(name := known.get("name"), str):
             return f"op '{name}'"  # it was being chosen
-    return ""
+    return alone
 
 
 def _self(frame: FrameType) -> object:

@@ -12,7 +12,8 @@ from engine_bench import CHECKED, DECODE, Bench, MakeBench, Parrot
 
 from mla.bench.measure import engine, evidence, passes
 from mla.bench.measure.engine import Hooks
-from mla.bench.measure.passes import PassRunner, WarmupResult
+from mla.bench.measure.passes import PassRunner
+from mla.bench.measure.samples import WarmupResult
 from mla.bench.measure.variants import HEADLINE, Steps, Variant, Variants
 from mla.bench.subjects.inputs import Inputs
 from mla.bench.workload.scenario import Scenario

@@ -7,7 +7,8 @@ from itertools import chain, count, repeat
 
 import pytest
 
-from mla.bench.measure.passes import MAX_EXTRA, MIN_WARMUPS, WARMUP_S, WINDOW, WarmupResult, settled, warm_up
+from mla.bench.measure.passes import MAX_EXTRA, MIN_WARMUPS, WARMUP_S, WINDOW, settled, warm_up
+from mla.bench.measure.samples import WarmupResult
 
 
 class Script:
