@@ -28,31 +28,6 @@ from mla.errors import CacheFull
 from mla_backends.operands import misfit
 
 
-def check_history(config: MLAConfig, length: int, indexed: bool, kv: Any, pe: Any, index: Any) -> int:
-    """Return the tokens of latents kv [s, c] and pe [s, r], for a sequence that has `length`.
-
-    An `indexed` layer has index keys index [s, D] as well, and others None. Raises ValueError for anything
-    else, and for another length than s or 0.
-    """
-    if index is not None and not indexed:
-        raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
-    parts = [("kv", kv, config.kv_lora_rank), ("pe", pe, config.qk_rope_head_dim)]
-    if indexed:
-        parts.append(("index", index, config.index_head_dim))
-    count = kv.shape[0] if isinstance(kv, torch.Tensor) and kv.dim() else 0
-    for name, rows, width in parts:
-        if not isinstance(rows, torch.Tensor) or not rows.is_floating_point() or rows.is_meta:
-            got = f"{rows.dtype} on {rows.device}" if isinstance(rows, torch.Tensor) else type(rows).__name__
-            raise ValueError(f"load() takes {name} [s, {width}] of floating-point numbers, got {got}.")
-        if wrong := misfit(rows.resolve_neg(), (count, width), rows.dtype, rows.device):
-            raise ValueError(f"load(): {name} {wrong}")
-    if length not in (0, count):
-        raise ValueError(
-            f"load() got {count} tokens for a sequence of {length}: load as many in every layer."
-        )
-    return count
-
-
 @dataclass(slots=True)
 class _Sequence:
     row: int  # of the block table
@@ -358,17 +333,39 @@ class LatentCache:
         not fit; both change nothing.
         """
         sequence, layer = whole_numbers("a sequence and its layer", (sequence, layer))
-        pages, indexed = self._pages_of(layer), layer in self.index_layers
-        count = check_history(self.config, self.length(sequence), indexed, kv, pe, index)
-        given = (kv, pe) if index is None else (kv, pe, index)
+        pages, given = self._pages_of(layer), self._history(layer, kv, pe, index)
+        count, held = kv.shape[0], self.length(sequence)
+        if held not in (0, count):
+            raise ValueError(
+                f"load() got {count} tokens for a sequence of {held}: load as many in every layer."
+            )
         kept = [self._held(x.detach().to(self.pages.device, self.dtype)) for x in given]
         rows = self.encoded(*kept[:2])
-        if count and self.length(sequence) == 0:
+        if count and not held:
             self.grow([sequence], [count])
         slots = self.slots(sequence)
         pages.flatten(0, 1).index_copy_(0, slots, rows)
         if index is not None:
             self.write_index(layer, slots, kept[2])
+
+    def _history(self, layer: int, kv: Any, pe: Any, index: Any) -> list[torch.Tensor]:
+        """Return the history of a layer: with index keys of one that has an indexer, and of no other.
+
+        Raises ValueError for anything but floating-point tensors of as many rows.
+        """
+        config, indexed = self.config, layer in self.index_layers
+        if index is not None and not indexed:
+            raise ValueError("load() got index keys of a layer without an indexer: leave index= out.")
+        parts = [("kv", kv, config.kv_lora_rank), ("pe", pe, config.qk_rope_head_dim)]
+        parts += [("index", index, config.index_head_dim)] * indexed
+        count = kv.shape[0] if isinstance(kv, torch.Tensor) and kv.dim() else 0
+        for name, x, width in parts:
+            if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.is_meta:
+                got = f"{x.dtype} on {x.device}" if isinstance(x, torch.Tensor) else type(x).__name__
+                raise ValueError(f"load() takes {name} [s, {width}] of floating-point numbers, got {got}.")
+            if wrong := misfit(x.resolve_neg(), (count, width), x.dtype, x.device):
+                raise ValueError(f"load(): {name} {wrong}")
+        return [x for _, x, _ in parts]
 
     def _rows(self, length: int) -> int:
         """Return the rows of pages that the first tokens of a sequence take."""

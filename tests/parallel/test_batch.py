@@ -109,9 +109,9 @@ def test_all_ranks_are_full_at_the_same_time(rank: int) -> None:
     with pytest.raises(CacheFull):
         cache.extend(ids, [1])
     assert (cache.length(ids[0]), cache.generation) == (24, before)
-    cache.truncate(ids[0], 4)
+    cache.truncate(ids[0], 9)  # of which a rank has three, in one page
     assert cache.free_pages == 1
-    cache.extend(ids, [20])
+    cache.extend(ids, [15])
     cache.release(ids)
     with pytest.raises(ValueError, match="no sequence"):
         cache.length(ids[0])
