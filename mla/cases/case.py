@@ -164,9 +164,14 @@ class OpCase:
         return Places.new_tokens(self.query_lens, self.kv_lens, table, page_size)
 
     def angles(self, rows: int) -> torch.Tensor:
-        """Return cosines, then sines [rows, r] fp32: of the new tokens' positions, and of others before."""
+        """Return cosines, then sines [rows, r] fp32: of the new tokens' positions, and of others before.
+
+        Without a layer, they are of angles all around the circle.
+        """
         if self.rope is None:
-            return stress.angles(self, rows)
+            generator = torch.Generator().manual_seed(self.seed)
+            turn = 3 * torch.randn(rows, self.sizes["r"] // 2, generator=generator)
+            return torch.cat((turn.cos(), turn.sin()), dim=1)
         longest, table = max(self.kv_lens), RotaryTable(self.rope, torch.device("cpu"))
         table.reserve(longest)
         new = self.places().position

@@ -43,11 +43,6 @@ class Layout:
     repeated: bool = False  # the second full page of a request is its first
 
     @property
-    def sparse(self) -> bool:
-        """Return whether most of the cache is never written."""
-        return bool(self.pages_before or self.pages)
-
-    @property
     def label(self) -> str:
         """What is special about the layout, for reports."""
         words = [f" in {self.pages} pages"] * bool(self.pages)

@@ -233,7 +233,8 @@ class Laid(Call):
 
     def lay_pages(self, pages: Pages, keys: torch.Tensor) -> None:
         layout = self.case.layout
-        if layout.sparse and pages.count * layout.page_size * keys.shape[1] > MAX_FILLED:
+        numbers = pages.count * layout.page_size * keys.shape[1]
+        if (layout.pages_before or layout.pages) and numbers > MAX_FILLED:
             self.arguments["cache"] = hardly_touched(pages, keys, self.device)
         else:
             self.lay("cache", pages.cache(keys))

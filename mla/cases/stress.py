@@ -115,13 +115,6 @@ def queries(
     return torch.where((count > 0)[..., None], aimed, q).flatten(0, 1)
 
 
-def angles(case: OpCase, count: int) -> torch.Tensor:
-    """Return [count, r] fp32: cosines and then sines of angles all around the circle."""
-    generator = torch.Generator().manual_seed(case.seed)
-    turn = 3 * torch.randn(count, case.sizes["r"] // 2, generator=generator)
-    return torch.cat((turn.cos(), turn.sin()), dim=1)
-
-
 def slots(case: OpCase) -> tuple[torch.Tensor, int]:
     """Return the slots [T] int64 that a call writes, and the pages of its cache, whose last slot is spare."""
     tokens, size, order = case.rows, case.layout.page_size, case.stress.order

@@ -313,16 +313,12 @@ class Call:
         for (name, table), part in zip(tables.items(), parts, strict=True):
             self.arguments[name] = part.view(table.shape)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights."""
-        held = sum(self.arguments[name].nbytes for name in self.pool.entry.weights)
-        return held + (self.leading[0].nbytes if self.pool.entry.packed else 0)
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes of the cache; 0 without one."""
-        return self.arguments["cache"].nbytes if "cache" in self.arguments else 0
+    def held_bytes(self) -> dict[str, int]:
+        """Return the bytes of the weights, and of the cache: 0 without one."""
+        entry, cache = self.pool.entry, self.arguments.get("cache")
+        weights = [self.arguments[name].nbytes for name in entry.weights]
+        weights += [self.leading[0].nbytes] if entry.packed else []
+        return {"weight_bytes": sum(weights), "cache_bytes": 0 if cache is None else cache.nbytes}
 
     @property
     def written(self) -> list[str]:

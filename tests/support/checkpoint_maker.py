@@ -36,24 +36,6 @@ from safetensors.torch import save_file
 
 from mla.config import MLAConfig
 
-__all__ = [
-    "LAYER",
-    "LAYOUTS",
-    "SIZES",
-    "Layout",
-    "Made",
-    "deepseek_names",
-    "dequantized",
-    "fp8",
-    "halves",
-    "hub_cache",
-    "named",
-    "plain",
-    "quantization",
-    "values_of",
-    "write",
-]
-
 
 @dataclass
 class Made:

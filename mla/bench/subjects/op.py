@@ -158,8 +158,7 @@ class OpImplementation(Implementation):
     def facts(self) -> Facts:
         call = getattr(self, "_call", None)  # the op may have refused to pack
         return Facts(
-            cache_bytes=call.cache_bytes if call else 0,
-            weight_bytes=call.weight_bytes if call else 0,
+            **(call.held_bytes() if call else {}),
             plan_ms=self._plan_ms,
             ops={self._role: self._choice.name},
             remarks=self._ops.remarks(),
