@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import golden
 import msgspec
 import pytest
 
@@ -25,12 +26,21 @@ from mla.bench.terminal.verdict import verdicts
 from mla.verify.verdict import Check
 
 MakeRun = Callable[..., Run]
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 NO_NUMBER: dict[str, Any] = {"latency_ms": None, "tokens_per_s": None, "plan_ms": None}
 WRONG = {"check": Check(status="wrong", reason="1 of 8 output rows hold NaN or infinity"), **NO_NUMBER}
 DECODE = {"scenario": "decode", "mode": "decode"}
 REFERENCE = {"implementation": "mla-reference", "ops": {"latent_attention": "plain"}}
 HINT = "-v shows details, -o run.json saves the run, --batch-spec 16q1s4k times your own batch"
+
+
+def hold(name: str, text: str) -> None:
+    """Assert that `text` is what a file of `tests/golden` keeps; with UPDATE_GOLDEN=1, keep it instead."""
+    path = GOLDEN / name
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text(), f"UPDATE_GOLDEN=1 keeps the new {name}"
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +79,7 @@ def test_a_first_look_fits(first: Run, monkeypatch: pytest.MonkeyPatch, columns:
     """Extras go where the terminal is narrow, and never a number."""
     monkeypatch.setenv("COLUMNS", columns)
     text = render(first, "table", "short", HINT)
-    golden.hold(f"run-{int(columns or 0) or 100}.txt", text)
+    hold(f"run-{int(columns or 0) or 100}.txt", text)
     assert len(text.splitlines()) <= 26
     assert all(len(line) <= kept for line in text.splitlines())
 
@@ -82,7 +92,7 @@ def test_what_has_no_number_is_a_row_with_a_word_a_reason_and_what_to_do(
         check = Check(status=status, reason=reason)  # type: ignore[arg-type]
         first.cases += make_run(implementation=f"mla[{status[:3]}]", check=check, **NO_NUMBER).cases
     first.cases += make_run(implementation="late", interrupted=True, **NO_NUMBER).cases
-    golden.hold("run-without-numbers.txt", render(first, "table"))
+    hold("run-without-numbers.txt", render(first, "table"))
 
 
 def test_no_ratio_is_printed_where_there_is_no_decision(make_run: MakeRun) -> None:
@@ -126,7 +136,7 @@ def test_every_detail(first: Run, kind: str) -> None:
     agreement = results.Agreement(implementation="mla", relative_difference=0.1, speed_ratio=0.67)
     first.cases[1].agreement = [agreement]
     first.cases[3].planned = results.Planned(passes=10, steps=1, due=6)
-    golden.hold(f"run-verbose-{kind}.txt", render(first, kind, "verbose"))
+    hold(f"run-verbose-{kind}.txt", render(first, kind, "verbose"))
 
 
 @pytest.mark.parametrize("kind", FORMATS)
