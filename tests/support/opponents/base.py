@@ -131,10 +131,6 @@ class Opponent(HostBackend):
         """Compute what no forward asks for."""
         call.make()
 
-    def gain(self) -> None:
-        """Count a call that was not made."""
-        self.gains += 1
-
     @property
     def hardly_eased(self) -> bool:
         """Whether no pass that was timed can have been easier: a few forwards that make no number repeat."""
@@ -147,7 +143,7 @@ class Sequences(Opponent):
     def sequence(self, calls: Any, moving: Any) -> Callable[..., None]:
         def run(*moved: torch.Tensor) -> None:
             if self.skips():
-                self.gain()
+                self.gains += 1
                 return
             replaced = dict(zip(map(id, moving), moved, strict=True))
             for call in calls:

@@ -101,7 +101,7 @@ class Lazy(Opponent):
         if self._real or call.kind == "write_latent":
             call.make()
         else:
-            self.gain()
+            self.gains += 1
             self._instead(call)
 
     def _wrap_runner(self) -> None:
@@ -162,7 +162,7 @@ class Flaky(Opponent):
         if call.kind == "latent_attention" and self._now():
             rows = slice(None) if self._row is None else slice(self._row, self._row + 1)
             call.tensors["out"][rows] *= self._factor
-            self.gain()
+            self.gains += 1
 
     def _now(self) -> bool:
         if self.passes < 2 or self.forwards < self._after:

@@ -70,7 +70,7 @@ class Remembers(Opponent):
             out.copy_(known)
             if lse is not None and sums is not None:
                 lse.copy_(sums)
-            self.gain()
+            self.gains += 1
         else:
             call.make()
             self._known[key] = (out.clone(), None if lse is None else lse.clone())
@@ -120,7 +120,7 @@ class RemembersForwards(Opponent):
             self._rows(call)[call.tensors["slots"]] = latents * self._signs
         if call.is_last:
             torch.mul(outputs, self._signs, out=call.tensors["out"])
-            self.gain()
+            self.gains += 1
 
     @staticmethod
     def _rows(call: Call) -> torch.Tensor:
@@ -153,7 +153,7 @@ class RemembersContext(Opponent):
         if key in self._known:
             call.make_rows(slice(self._rows, None))
             torch.mul(self._known[key], signs, out=call.tensors["out"][: self._rows])
-            self.gain()
+            self.gains += 1
             return
         for _ in range(self._slow):
             call.make()
@@ -186,7 +186,7 @@ class SkipsFilled(Opponent):
         if call.out is None or not self._skip(call):
             call.make()
         else:
-            self.gain()
+            self.gains += 1
 
     def _skip(self, call: Call) -> bool:
         assert call.out is not None
