@@ -217,6 +217,27 @@ def test_what_was_refused_leaves_it_as_it_was(model: Any, prompts: Prompts) -> N
     assert torch.equal(generate(model, prompts, **cache, max_new_tokens=30), expected[:, : 11 + 30])
 
 
+@torch.no_grad()
+def test_a_forward_that_broke_off_is_noticed_by_the_next(model: Any, prompts: Prompts) -> None:
+    """Its second layer lacks the tokens that the first one has."""
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    cache = paged(use_mla(model))
+    expected = model(**prompts, **cache).logits
+    cache[CACHE].reset()
+    hook = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        model(**prompts, **cache)
+    hook.remove()
+    mask = torch.cat((prompts["attention_mask"], torch.ones(3, 1, dtype=torch.int64)), dim=1)
+    with pytest.raises(UnsupportedModel, match="broke off: call `reset"):
+        model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **cache)
+    cache[CACHE].reset()
+    assert torch.equal(model(**prompts, **cache).logits, expected)
+
+
 def test_tokens_are_cropped(model: Any, prompts: Prompts) -> None:
     cache = paged(use_mla(model))[CACHE]
     with torch.no_grad():

@@ -150,6 +150,7 @@ class PagedCache(Cache):
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
+        self._unfinished: set[int] = set()  # of which not all layers have had their new tokens
         self._named = False  # whether `use` said which they are
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
@@ -182,7 +183,15 @@ class PagedCache(Cache):
         """Return the step of a forward, for which the first layer that asks makes room."""
         if layer == 0:
             self._leave_out_released()
+            if not self._unfinished.isdisjoint(self._sequences):
+                raise UnsupportedModel(
+                    "the last forward on these requests broke off: call `reset()` on the PagedCache, or "
+                    "release their sequences."
+                )
             self._last = self._extended(flags, queries)
+            self._unfinished.update(self._sequences)
+        if layer == len(self.layers) - 1:
+            self._unfinished.difference_update(self._sequences)
         return self._last
 
     def length(self) -> int:
