@@ -125,23 +125,19 @@ def read(folder: Path) -> Failure:
         available = host.memory_available()
         if available is not None and needed > available:
             raise ValueError(f"it takes {size(needed)}, and {size(available)} of memory are available")
-        return _read(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            words = (file.metadata() or {}).get(KEY, "")
+            if (version := msgspec.json.decode(words, type=_Versioned).version) != VERSION:
+                wrong = f"its version is {version}, and this program reads version {VERSION}"
+                raise ValueError(f"{wrong}: run the command that kept it again")
+            document = msgspec.json.decode(words, type=Document)
+            return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
     except (OSError, ValueError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
         said = error.strerror if isinstance(error, OSError) else None
         reason = " ".join(str(said or error).split()).rstrip(".")
         raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {reason}.") from error
-
-
-def _read(path: Path) -> Failure:
-    with safetensors.safe_open(path, framework="pt") as file:
-        words = (file.metadata() or {}).get(KEY, "")
-        if (version := msgspec.json.decode(words, type=_Versioned).version) != VERSION:
-            said = f"its version is {version}, and this program reads version {VERSION}"
-            raise ValueError(f"{said}: run the command that kept it again")
-        document = msgspec.json.decode(words, type=Document)
-        return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
 
 
 # ---------------------------------------------------------------------------------------------------- replay

@@ -86,15 +86,19 @@ def test_a_case_runs_alone(judge: Run, sound: Any, only: tuple[str, ...], rows: 
     assert result.cases.passed == len(set(rows))
 
 
-def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
-    op = Counting()
+def judged_late(sound: Any, op: Any, only: str) -> CheckResult:
+    """Return what becomes of a check that begins when its time is up."""
     drawing = Drawing(until=time.monotonic() - 1)
     subject = BackendUnderTest(sound(ops={"mine": op}), "sound", drawing=drawing)
-    (trial,) = trials(subject, (torch.float32,), ["linear.formula[mine-*]"])
-    late = carry_out(trial, Xfails())
+    (trial,) = trials(subject, (torch.float32,), [only])
+    return carry_out(trial, Xfails())
+
+
+def test_a_check_that_is_late_runs_its_first_case(sound: Any) -> None:
+    op = Counting()
+    late = judged_late(sound, op, "linear.formula[mine-*]")
     assert (late.status, late.cases.passed, late.cases.left_out, late.late, op.rows) == ("pass", 1, 3, 3, [1])
-    (chosen,) = trials(subject, (torch.float32,), ["linear.formula[mine-*]#3"])
-    assert carry_out(chosen, Xfails()).late == 0
+    assert judged_late(sound, op, "linear.formula[mine-*]#3").late == 0
     assert op.rows == [1, 130]
 
 
@@ -110,27 +114,14 @@ class Narrow(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
 
 def test_a_check_that_is_late_is_not_refused_by_its_first_cases(sound: Any) -> None:
     """It would claim that the op serves none, of which others were not asked."""
-    drawing = Drawing(until=time.monotonic() - 1)
-    subject = BackendUnderTest(sound(ops={"mine": Narrow()}), "sound", drawing=drawing)
-    (trial,) = trials(subject, (torch.float32,), ["rms_norm.formula[mine-*]"])
-    late = carry_out(trial, Xfails())
+    late = judged_late(sound, Narrow(), "rms_norm.formula[mine-*]")
     assert (late.status, late.cases.passed, late.cases.refused, late.late) == ("pass", 1, 2, 1)
 
 
-@pytest.mark.parametrize(("words", "late"), [((), True), (("--draws", "1"), False)])
+@pytest.mark.parametrize(("words", "late"), [(("--minutes", "1e-6"), True), (("--draws", "1"), False)])
 def test_the_card_counts_what_was_left_out_for_time(words: tuple[str, ...], late: bool, capsys: Any) -> None:
-    chosen = (
-        "--only",
-        "rms_norm.formula",
-        "--only",
-        "rms_norm.drawn",
-        "--dtype",
-        "float32",
-        "--quick",
-        *words,
-    )
-    minutes = () if "--draws" in words else ("--minutes", "1e-6")
-    assert main([*FAULTY, *chosen, *minutes]) in (0, 7)
+    chosen = ("--only", "rms_norm.formula", "--only", "rms_norm.drawn", "--dtype", "float32", "--quick")
+    assert main([*FAULTY, *chosen, *words]) in (0, 7)
     printed = capsys.readouterr().out
     said = "- 3 fixed cases of rms_norm: time was up before them (--minutes gives more)."
     assert (said in printed) is late

@@ -13,6 +13,7 @@ import pytest
 import torch
 from faulty_backend import FaultyOp
 from safetensors.torch import save_file
+from wrong_ops.base import mutant
 
 from mla import MLA, LatentCache, MLAConfig
 from mla.cache.formats import codec_of, index_codec
@@ -239,6 +240,22 @@ def test_what_lies_between_rows_must_stay() -> None:
     op(x=wide[..., 3:11], cos_sin=torch.randn(5, 8), interleaved=True, out=out)
     assert watcher.wrong is not None, "its call by itself has nothing beside it"
     assert watcher.wrong.reason == said
+
+
+@pytest.mark.parametrize(("row", "where"), [(-1, "before the first row of"), (9, "behind the last row of")])
+def test_memory_beside_an_output_belongs_to_somebody_else(row: int, where: str) -> None:
+    """A suite may put a row of its own there."""
+
+    def beside(right: Any, *, out: torch.Tensor, **rest: Any) -> None:
+        right(out=out, **rest)
+        out.as_strided(out.shape[1:], out.stride()[1:], out.storage_offset() + row * out.stride(0)).zero_()
+
+    watcher = Watcher(lambda: None)
+    op = Watched("rms_norm", "mine", mutant("rms_norm", beside), watcher)
+    out = torch.full((11, 33), torch.nan)[1:-1]
+    op(x=torch.randn(9, 33), weight=torch.randn(33), eps=1e-6, out=out)
+    assert watcher.wrong is not None
+    assert watcher.wrong.reason == f"memory {where} `out` was written"
 
 
 def changed(kept: file.Failure, **changes: Any) -> file.Failure:

@@ -6,6 +6,7 @@ where draws hardly reach it, as it takes many rows, requests or keys. The plaine
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -24,7 +25,11 @@ from mla_backends.api import AttentionSpec, IndexerSpec, LinearSpec, NormSpec
 Lens = tuple[Lengths, Lengths]  # new tokens and keys, per request
 Rows = Iterable[OpCase | Scene]
 CPU, FP32 = torch.device("cpu"), torch.float32
+Body = Callable[..., None]  # of a trial and a kind of op
+ATTENTION = ("latent_attention", "expanded_attention")
+SPARSE = ("select_latents", "sparse_latent_attention")
 GROUPS = {"latent_attention": "latent", "expanded_attention": "expanded"}  # of checks; others are the kind
+BORDERS: dict[str, Callable[[str], Rows]] = {}  # name of a check -> the rows of a kind of op
 
 # Widths of heads and latents, beside those that every model of the family has.
 SMALL_SPEC: Mapping[str, Any] = {
@@ -53,6 +58,38 @@ EXAMPLES: Mapping[str, OpCase] = {
         ("sparse_latent_attention", replace(SPEC, topk=TOPK), 9),
     )
 }
+
+
+def op_check(name: str, fails: str, kinds: Iterable[str], catches: str) -> Callable[[Body], Body]:
+    """Register a function of a trial and a kind of op as a check of several kinds."""
+
+    def register(body: Body) -> Body:
+        for kind in kinds:
+            run = functools.partial(body, kind=kind)
+            run.__doc__ = body.__doc__
+            check(f"{GROUPS.get(kind, kind)}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
+        return body
+
+    return register
+
+
+def border(fails: str, kinds: Iterable[str], catches: str) -> Callable[[Callable[[str], Rows]], Body]:
+    """Register what yields the rows of a kind of op as a check of its name: see `op_check`."""
+
+    def register(rows: Callable[[str], Rows]) -> Body:
+        def played(trial: Trial, kind: str) -> None:
+            trial.check_scenes(scenes(rows.__name__, kind))
+
+        played.__doc__, BORDERS[rows.__name__] = rows.__doc__, rows
+        return op_check(rows.__name__, fails, kinds, catches)(played)
+
+    return register
+
+
+def scenes(name: str, kind: str) -> Iterator[Scene]:
+    """Yield the rows of a check of a kind of op."""
+    for row in BORDERS[name](kind):
+        yield row if isinstance(row, Scene) else Scene((row,))
 
 
 def batch(kind: str, query_lens: Lengths, kv_lens: Lengths, heads: int = 16, **changes: Any) -> OpCase:
@@ -85,6 +122,7 @@ SEVERAL: Lens = (70, 5, 1, 3, 2), (130, 300, 65, 3, 129)
 SHARED: Mapping[str, Any] = {"page_size": 16, "shared": (0, 8, 4)}
 
 
+@border("formula", KINDS, "a wrong scale, mask, order of channels, width or table")
 def formula(kind: str) -> Rows:
     """The plainest cases are right."""
     case = EXAMPLES[kind]
@@ -130,6 +168,7 @@ def of_several(count: int, most: int) -> Lens:
     return queries, tuple(new + more - 1 for new, more in zip(queries, ragged(count, most), strict=True))
 
 
+@border("grid", KINDS, "a launch grid, or a table of requests, that ends early")
 def grid(kind: str) -> Rows:
     """Every row is right, however many rows, requests, tokens and heads there are."""
     case = EXAMPLES[kind]
@@ -167,6 +206,7 @@ FIRST_KEY = 128  # which starts a tile of keys, whatever size of tile up to 128 
 LONG_CONTEXT = 33_000  # keys: positions beyond 2^15, and beyond 2^16 of two requests
 
 
+@border("tiles", ATTENTION, "a last tile of keys or tokens that is dropped, or a split that is")
 def tiles(kind: str) -> Rows:
     """Lengths next to the borders of tiles and splits are served in full, and long contexts are."""
     few = batch(kind, FEW_TOKENS, tuple(tokens + 3 for tokens in FEW_TOKENS), 3, aimed=True)
@@ -188,6 +228,7 @@ def tiles(kind: str) -> Rows:
 FAR_TOKENS = (1 << 17) + 70  # needs more than 17 bits
 
 
+@border("index", SPARSE, "positions that are kept in 16 or 17 bits")
 def positions(kind: str) -> Rows:
     """Tokens beyond position 2^17 are selected and attended to."""
     narrow = SMALL_SPEC if kind == "sparse_latent_attention" else {"head_dim": 32, "rope_head_dim": 16}
@@ -198,56 +239,21 @@ def positions(kind: str) -> Rows:
 ALIVE = 20  # states at a time
 
 
+@border("state", (*ATTENTION, *SPARSE), "states in a ring of a few, or in shared memory")
 def alive(kind: str) -> Rows:
     """Many states live at a time, and are called in any order."""
     cases = tuple(batch(kind, (1, 2), (5 + i, 9 + 2 * i), 2) for i in range(ALIVE))
     yield Scene(cases, tuple((state, 1) for state in (*range(ALIVE)[::-1], *range(ALIVE))), early=True)
 
 
+@border("numbers", ("linear", "batched_linear"), "a scale that an outlier sets for a row")
 def outlier(kind: str) -> Rows:
     """An input that is far larger than others, and counts as much, costs no accuracy."""
     return (EXAMPLES[kind].but(tokens=tokens, outlier=True) for tokens in (1, 66))
 
 
+@border("numbers", SPARSE[:1], "a bin of candidates that overflows")
 def crowded(kind: str) -> Rows:
     """Thousands of tokens whose scores have the same leading bits are told apart."""
     for topk in (TOPK, LARGE_TOPK):  # more keys than a bin has room for
         yield batch(kind, (1, 2), (6000, 700), 4, topk=topk, values=("crowded scores",))
-
-
-ATTENTION = ("latent_attention", "expanded_attention")
-SPARSE = ("select_latents", "sparse_latent_attention")
-# Name of a check -> why kernels fail it, of which kinds of ops, its rows, and the bug that it catches.
-BORDERS: Mapping[str, tuple[str, Iterable[str], Callable[[str], Rows], str]] = {
-    "formula": ("formula", KINDS, formula, "a wrong scale, mask, order of channels, width or table"),
-    "grid": ("grid", KINDS, grid, "a launch grid, or a table of requests, that ends early"),
-    "tiles": ("tiles", ATTENTION, tiles, "a last tile of keys or tokens that is dropped, or a split that is"),
-    "positions": ("index", SPARSE, positions, "positions that are kept in 16 or 17 bits"),
-    "alive": (
-        "state",
-        (*ATTENTION, *SPARSE),
-        alive,
-        "states in a ring of a few, or in shared memory",
-    ),
-    "crowded": ("numbers", SPARSE[:1], crowded, "a bin of candidates that overflows"),
-    "outlier": ("numbers", ("linear", "batched_linear"), outlier, "a scale that an outlier sets for a row"),
-}
-
-
-def scenes(name: str, kind: str) -> Iterator[Scene]:
-    """Yield the rows of a check of a kind of op."""
-    for row in BORDERS[name][2](kind):
-        yield row if isinstance(row, Scene) else Scene((row,))
-
-
-def _register(name: str, kind: str, fails: str, catches: str, doc: str | None) -> None:
-    def run(trial: Trial) -> None:
-        trial.check_scenes(scenes(name, kind))
-
-    run.__doc__ = doc
-    check(f"{GROUPS.get(kind, kind)}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
-
-
-for _name, (_fails, _kinds, _rows, _catches) in BORDERS.items():
-    for _kind in _kinds:
-        _register(_name, _kind, _fails, _catches, _rows.__doc__)

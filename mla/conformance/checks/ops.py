@@ -5,7 +5,6 @@ Each on offer must name its contract, and refuse with reasons before anything is
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -23,7 +22,6 @@ from mla.config import MLAConfig
 from mla.conformance.checks.borders import (
     ATTENTION,
     EXAMPLES,
-    GROUPS,
     PREFILL,
     SEVERAL,
     SMALL_SPEC,
@@ -31,10 +29,11 @@ from mla.conformance.checks.borders import (
     batch,
     both_ways,
     decode,
+    op_check,
 )
 from mla.conformance.checks.device import NO_GRAPH, best, elapsed, load_of, median
 from mla.conformance.drawn import draw
-from mla.conformance.registry import DRAWN, OP, check
+from mla.conformance.registry import DRAWN, check
 from mla.conformance.trial import DTYPES, BackendUnderTest, Refused, Trial, expect, kind_of
 from mla.layer.ops import Ops, preflight_reasons
 from mla.verify.tolerances import same_bits
@@ -61,7 +60,6 @@ ODD: Mapping[type, Mapping[str, Any]] = {
     IndexerSpec: {"head_dim": 30, "rope_head_dim": 14, "topk": 7},
     AttentionSpec: SMALL_SPEC,
 }
-Body = Callable[..., None]  # of a trial and a kind of op
 
 
 @check("ops.known", catches="an op with a misspelt contract or cache format, which would silently never run")
@@ -134,19 +132,6 @@ def _expect_reasons(what: str, asked: list[Any]) -> None:
 
 
 # ------------------------------------------------------------------------------------- packing and planning
-
-
-def op_check(name: str, fails: str, kinds: Iterable[str], catches: str) -> Callable[[Body], Body]:
-    """Register a function of a trial and a kind of op as a check of several kinds."""
-
-    def register(body: Body) -> Body:
-        for kind in kinds:
-            run = functools.partial(body, kind=kind)
-            run.__doc__ = body.__doc__
-            check(f"{GROUPS.get(kind, kind)}.{name}", catches=catches, scope=OP, kind=kind, fails=fails)(run)
-        return body
-
-    return register
 
 
 @op_check(
