@@ -126,7 +126,8 @@ class NvmlSampler:
         device, sample = self.device, {}
         for name, (function, constant) in READINGS.items():
             with suppress(Exception):  # any of them may be unsupported on a card
-                sample[name] = str(self.call(function, device, self.constant(constant)))
+                which = getattr(self.library, f"{self.dialect.constants}_{constant}")
+                sample[name] = str(self.call(function, device, which))
         with suppress(Exception):
             power = self.call("DeviceGetPowerUsage", device)
             known = {"power_w": f"{power / 1e3:.1f}"} if self.dialect.milliwatts else None
@@ -158,7 +159,3 @@ class NvmlSampler:
     def call(self, name: str, *arguments: Any) -> Any:
         """Call a function of the library by its name without prefix."""
         return getattr(self.library, self.dialect.prefix + name)(*arguments)
-
-    def constant(self, name: str) -> Any:
-        """Return a constant of the library by its name without prefix."""
-        return getattr(self.library, f"{self.dialect.constants}_{name}")

@@ -37,19 +37,6 @@ def misfit(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torc
         return f"is not a plain tensor ({str(error).splitlines()[0]})."
 
 
-def is_plain(x: torch.Tensor) -> bool:
-    """Return whether a tensor is what its device holds, and no fake or wrapper of torch's.
-
-    A vendor's stack may have a class of its own; the host has none.
-    """
-    import torch
-
-    kind = type(x)
-    if kind in (torch.Tensor, torch.nn.Parameter):
-        return True
-    return x.device.type != "cpu" and kind.__module__.partition(".")[0] != "torch"
-
-
 def _matches(actual: Sequence[int], shape: Sequence[int | None]) -> bool:
     if actual == shape:
         return True
@@ -74,7 +61,10 @@ def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.
     wanted = f"must be [{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
     if not isinstance(x, torch.Tensor):
         return f"{wanted}, got a {type(x).__name__}."
-    if not is_plain(x):
+    foreign = x.device.type != "cpu" and type(x).__module__.partition(".")[0] != "torch"
+    if (
+        type(x) not in _plain and not foreign
+    ):  # a vendor's stack may have a class of its own; the host has none
         return (
             f"is a {type(x).__name__}, and must be a plain tensor: leave such wrappers and their modes out."
         )

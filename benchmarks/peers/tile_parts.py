@@ -20,7 +20,7 @@ import torch
 
 from mla import load_backend
 from mla.bench.limits.microbench import Microbenchmark
-from mla_backend_cpu import compilation, instruction_sets
+from mla_backend_cpu import compilation
 
 PARTS = ("products from registers", "copies", "scores", "values", "copies, scores and values")
 ROUNDS, BLOCKS, ROWS = 15, 256, 16 * 32768
@@ -31,7 +31,7 @@ FLOPS = 2 * 128 * (576 + 512) * 16 * 2048
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Where the JSON goes.")
 def main(output: Path) -> None:
     """Carry out the command line."""
-    if reason := instruction_sets.tiles_refused():
+    if reason := compilation.tiles_refused():
         raise click.ClickException(f"This needs AMX tiles: {reason}.")
     threads = torch.get_num_threads()
     cache = torch.randn(1024, 576).bfloat16().repeat(ROWS // 1024, 1)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from mla_backend_cpu.catalog import facts, native_ops, tell, told
-from mla_backend_cpu.compilation import LEVELS
-from mla_backend_cpu.instruction_sets import EMULATED
+from mla_backend_cpu.compilation import EMULATED, LEVELS
 from mla_backend_cpu.recorded import sequence
 from mla_backends import Availability, Backend, BackendError, BackendOptionError, FusedOp, hookimpl, host
 from mla_backends.api import DeviceInfo, MemoryInfo, OpCall

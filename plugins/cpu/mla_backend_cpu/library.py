@@ -9,7 +9,7 @@ import platform
 import sys
 from collections.abc import Mapping
 
-from mla_backend_cpu import cache, instruction_sets
+from mla_backend_cpu import cache, compilation
 from mla_backend_cpu.compilation import Artifact, BuildError, Level
 
 # Types by letter: p address, s text, i int64, f float, n int.
@@ -71,7 +71,7 @@ class Library:
     @property
     def emulated(self) -> bool:
         """Whether the instructions this level is named after are emulated in C++."""
-        return self.level == instruction_sets.EMULATED
+        return self.level == compilation.EMULATED
 
 
 @functools.cache
@@ -97,9 +97,9 @@ def loaded(wanted: str) -> Library | str:
 def _first(wanted: str) -> Library:
     """Return the kernels of the first level that may run and can be had. Raises `BuildError`."""
     passed_over: dict[str, str] = {}
-    for level in instruction_sets.levels(wanted):
+    for level in compilation.levels(wanted):
         try:
-            if (reason := instruction_sets.missing(level)) is None:
+            if (reason := compilation.missing(level)) is None:
                 return _loaded(level, passed_over)
         except BuildError as error:
             reason = str(error)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-from mla_backend_cpu import instruction_sets
+from mla_backend_cpu import compilation
 from mla_backend_cpu.library import Library
 
 
@@ -80,4 +80,4 @@ def product_gain(kernels: Library, fp32: bool, /) -> float:
 
 def torch_has_tiles() -> bool:
     """Return whether torch's products may use AMX, so that these kernels need not be faster."""
-    return "amx_bf16" in instruction_sets.processor_flags()
+    return "amx_bf16" in compilation.processor_flags()

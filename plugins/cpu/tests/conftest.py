@@ -15,8 +15,7 @@ import pytest
 import torch
 
 from mla_backend_cpu import cache, compilation, library
-from mla_backend_cpu.compilation import BuildError
-from mla_backend_cpu.instruction_sets import EMULATED
+from mla_backend_cpu.compilation import EMULATED, BuildError
 from mla_backend_cpu.library import Library
 
 

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import mla_backend_cpu
-from mla_backend_cpu import cache, instruction_sets
+from mla_backend_cpu import cache, compilation
 from mla_backend_cpu.compilation import Level
 
-PORTABLE = instruction_sets.levels("portable")[0]
+PORTABLE = compilation.levels("portable")[0]
 #: Prints what is loaded of the portable level, as `built` returns it.
 BUILD = "import native_builds; print(native_builds.built())"
 PACKAGE = Path(mla_backend_cpu.__file__).parent

@@ -14,7 +14,7 @@ from float64_attention import attend_segments
 from mla.cache.formats import find_format
 from mla.reference import REFERENCE
 from mla.verify.tolerances import judge, row_errors
-from mla_backend_cpu import instruction_sets
+from mla_backend_cpu import compilation
 from mla_backend_cpu.compilation import LEVELS, BuildError
 from mla_backend_cpu.library import Library, loaded
 from mla_backends.api import AttentionSpec, SegmentLengths
@@ -41,7 +41,7 @@ def levels_here() -> list[str]:
     names = []
     for level in LEVELS:
         try:
-            names.append(instruction_sets.levels(level.name)[0].name)
+            names.append(compilation.levels(level.name)[0].name)
         except BuildError:
             continue
     return names

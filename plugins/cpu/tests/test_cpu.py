@@ -14,7 +14,7 @@ from native_cases import load
 import mla
 from mla.verify.layer_oracle import oracle
 from mla.weights import random_state_dict
-from mla_backend_cpu import instruction_sets, products
+from mla_backend_cpu import compilation, products
 from mla_backends import BackendError, host
 
 
@@ -78,7 +78,7 @@ def test_the_host_is_described_truthfully() -> None:
 
 @pytest.mark.usefixtures("no_level_named", "nothing_loaded")
 def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)
+    monkeypatch.setattr(compilation, "processor_flags", frozenset)
     with pytest.raises(BackendError, match=r"no kernels for native=avx2: this processor lacks avx2, "):
         mla.load_backend("cpu", options={"native": "avx2"})
     assert mla.load_backend("cpu").environment()["kernels"] == "portable"  # nobody named one
@@ -89,8 +89,8 @@ def test_a_level_that_was_named_never_falls_back(monkeypatch: pytest.MonkeyPatch
 def test_where_torch_has_amx_a_measurement_decides_on_products(
     monkeypatch: pytest.MonkeyPatch, gain: float
 ) -> None:
-    flags = instruction_sets.processor_flags() | {"amx_bf16"}
-    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
+    flags = compilation.processor_flags() | {"amx_bf16"}
+    monkeypatch.setattr(compilation, "processor_flags", lambda: flags)
     monkeypatch.setattr(products, "product_gain", lambda kernels, fp32: gain)
     config, backend = mla.MLAConfig(hidden_size=64, num_attention_heads=2), mla.load_backend("cpu")
     ops = mla.MLA(config, backend=backend).ops
@@ -108,9 +108,9 @@ def test_where_torch_has_amx_a_measurement_decides_on_products(
 
 @pytest.mark.usefixtures("no_level_named")
 def test_a_result_names_the_gain_that_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = instruction_sets.processor_flags() | {"amx_bf16"}
+    flags = compilation.processor_flags() | {"amx_bf16"}
     gains = iter((0.25, 0.25, 4.0, 4.0))  # for few and many tokens, twice: under load they differ
-    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: flags)
+    monkeypatch.setattr(compilation, "processor_flags", lambda: flags)
     monkeypatch.setattr(products, "PRODUCT_GAINS", {})
     monkeypatch.setattr(products, "fastest", lambda theirs, ours: (next(gains), 1.0))
     products.product_gain.cache_clear()

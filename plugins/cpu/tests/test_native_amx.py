@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import mla
-from mla_backend_cpu import compilation, instruction_sets, products
+from mla_backend_cpu import compilation, products
 from mla_backend_cpu.compilation import LEVELS
 from mla_backends import BackendError
 
@@ -20,13 +20,13 @@ def test_amx_is_refused_with_the_systems_reason_and_the_next_level_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The request is a real one: processors without AMX, and old kernels, refuse it."""
-    flags = instruction_sets.processor_flags()
-    if "amx_tile" in flags or instruction_sets.tiles_refused() is None:
+    flags = compilation.processor_flags()
+    if "amx_tile" in flags or compilation.tiles_refused() is None:
         pytest.skip("this machine has AMX")
     claimed = flags | next(level for level in LEVELS if level.name == "amx").needs
     if not claimed - {"amx_tile", "amx_bf16"} <= flags:
         pytest.skip("this processor lacks AVX-512-BF16, which amx needs beside the tiles")
-    monkeypatch.setattr(instruction_sets, "processor_flags", lambda: claimed)
+    monkeypatch.setattr(compilation, "processor_flags", lambda: claimed)
     monkeypatch.setattr(products, "product_gain", lambda kernels, fp32: 2.0)
     backend = mla.load_backend("cpu")
     lines = mla.MLA(mla.MLAConfig(hidden_size=64, num_attention_heads=2), backend=backend).ops.explain()

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from native_builds import BUILD, PORTABLE, built, finish, small_sources, start
 
-from mla_backend_cpu import cache, compilation, instruction_sets
+from mla_backend_cpu import cache, compilation
 from mla_backend_cpu.compilation import BuildError, Level
 from mla_backend_cpu.library import Library
 
@@ -192,10 +192,10 @@ def test_a_compiler_for_an_unknown_target_is_refused(
 
 def test_a_processor_without_the_instructions_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        instruction_sets, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"})
+        compilation, "processor_flags", lambda: frozenset({"sse2", "avx2", "fma", "f16c", "bmi2"})
     )
-    assert [level.name for level in instruction_sets.levels()] == ["avx2", "portable"]
+    assert [level.name for level in compilation.levels()] == ["avx2", "portable"]
     with pytest.raises(BuildError, match=r"this processor lacks avx512bw, .*, which level 'avx512' needs"):
-        instruction_sets.levels("avx512")
-    monkeypatch.setattr(instruction_sets, "processor_flags", frozenset)  # arm64, or no /proc
-    assert [level.name for level in instruction_sets.levels()] == ["portable"]
+        compilation.levels("avx512")
+    monkeypatch.setattr(compilation, "processor_flags", frozenset)  # arm64, or no /proc
+    assert [level.name for level in compilation.levels()] == ["portable"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from native_cases import BF16, any_bits, bits, levels_here, load
 
-from mla_backend_cpu import compilation, instruction_sets, products
+from mla_backend_cpu import compilation, products
 from mla_backend_cpu.library import Library
 from mla_backend_cpu.native_ops import CACHE_BYTES, pages
 
@@ -20,10 +20,10 @@ from mla_backend_cpu.native_ops import CACHE_BYTES, pages
 UNTILED = next(name for name in levels_here() if name != "amx")
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(("portable", UNTILED, instruction_sets.EMULATED)))
+@pytest.mark.parametrize("name", dict.fromkeys(("portable", UNTILED, compilation.EMULATED)))
 def test_the_sanitizers_find_nothing(tmp_path: Path, name: str) -> None:
     """Ragged, page-boundary and poisoned cases stay within memory that is just large enough."""
-    (level,), program = instruction_sets.levels(name), tmp_path / "driver"
+    (level,), program = compilation.levels(name), tmp_path / "driver"
     flags = [flag for flag in compilation.FLAGS if flag not in ("-O3", "-fPIC", "-fvisibility=hidden")]
     checks = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     driver = Path(__file__).with_name("native_driver.cpp")
@@ -110,7 +110,7 @@ SHORT = """if True:
 """
 
 
-@pytest.mark.parametrize("name", dict.fromkeys((UNTILED, instruction_sets.EMULATED)))
+@pytest.mark.parametrize("name", dict.fromkeys((UNTILED, compilation.EMULATED)))
 def test_a_lack_of_memory_is_an_error_and_no_end(name: str) -> None:
     # What is allocated comes from the system, and not from what others have freed.
     variables = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}

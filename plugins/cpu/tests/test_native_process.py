@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from native_cases import levels_here
 
-from mla_backend_cpu import instruction_sets
+from mla_backend_cpu import compilation
 
 #: A layer small enough that a step takes a fraction of a millisecond, with every native op in use.
 SETUP = """if True:
@@ -100,12 +100,12 @@ print(json.dumps([before, status("Threads"), torch.get_num_threads(), backend.en
     assert after - before <= int(count) - 1
 
 
-@pytest.mark.parametrize("level", [instruction_sets.EMULATED, levels_here()[0]])
+@pytest.mark.parametrize("level", [compilation.EMULATED, levels_here()[0]])
 def test_the_conformance_checks_pass(level: str) -> None:
     """The checks of the reference ops are left out: they are not of this plugin."""
     options = ("--backend", "cpu", "-O", f"native={level}", "--quick", "--dtype", "bfloat16", "--draws", "20")
     options += ("--only", "*[*native_*]")
-    if level != instruction_sets.EMULATED:  # it differs from the others inside its kernels alone
+    if level != compilation.EMULATED:  # it differs from the others inside its kernels alone
         options += ("--only", "device", "--only", "layer")
     done = subprocess.run(
         [sys.executable, "-m", "mla.conformance", *options],
@@ -114,5 +114,5 @@ def test_the_conformance_checks_pass(level: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    prefix = "amx_emulated_" if level == instruction_sets.EMULATED else ""
+    prefix = "amx_emulated_" if level == compilation.EMULATED else ""
     assert f"`{prefix}native_latent_attention`" in done.stdout

@@ -17,7 +17,7 @@ import pytest
 from native_builds import PORTABLE, built
 from native_cases import load
 
-from mla_backend_cpu import cache, compilation, instruction_sets
+from mla_backend_cpu import cache, compilation
 from mla_backend_cpu.compilation import LEVELS, LIBRARY, levels_of
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -91,7 +91,7 @@ def test_a_wheel_brings_every_level_and_needs_neither_compiler_nor_home(public: 
     )
     assert (run.returncode, run.stderr) == (0, "")
     facts: dict[str, Any] = json.loads(run.stdout)
-    assert facts["kernels"] == instruction_sets.levels()[0].name
+    assert facts["kernels"] == compilation.levels()[0].name
     assert facts["kernels_from"].startswith("came with this installation, ")
     assert facts["remarks"] == []
     assert os.listdir(there) == []

@@ -89,7 +89,7 @@ class Nvidia(TritonBackend, CudaBackend):
         return replace(info, bandwidth=bandwidth, flops=flops)
 
     def kernels(self) -> Mapping[str, FusedOp]:
-        return kernels(self.architecture, self.multiprocessors())
+        return kernels(self.architecture(), self.multiprocessors())
 
     def ahead_of(self) -> Mapping[str, str]:
         return ahead_of(self.architecture())
@@ -98,10 +98,10 @@ class Nvidia(TritonBackend, CudaBackend):
         return tuning_for(self.shared_memory(), str(self.properties().name), installed_triton()[1])
 
     def triton_reason(self, device: torch.device) -> str:
-        return since_ampere(self.architecture)(device) or old_triton()
+        return since_ampere(self.architecture())(device) or old_triton()
 
     def launcher(self) -> Launcher:
-        early = starts_early(self.architecture, driver_version())
+        early = starts_early(self.architecture(), driver_version())
         return Launcher(early, native_e4m3=self.architecture() >= ADA, bounds=True)
 
     def vendor_facts(self) -> Mapping[str, str]:

@@ -7,9 +7,9 @@ for cards that can use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mla_backends import FusedOp
 from mla_backends.kernels import (
@@ -31,11 +31,7 @@ from mla_backends.kernels.vendor import DeviceReason, VendorOp
 from mla_backends.torch_backend import versions
 from mla_backends.triton_ops.launcher import PACKAGES
 
-if TYPE_CHECKING:
-    import torch
-
-Architecture = Callable[[], tuple[int, int]]
-Cards = tuple[tuple[int, int], ...]
+Architecture = tuple[int, int]  # (9, 0) is Hopper
 
 # FlashMLA plans one part per multiprocessor and tile of this many query rows; early releases perhaps none.
 TILE = 64
@@ -65,7 +61,7 @@ _FLASH_ATTN = (
 # Where our kernel for absorbed attention comes before FlashInfer's, by the predictions of
 # benchmarks/triton/model.md, and the share of the tensor peak that FlashInfer is reported to reach there with
 # 128 heads; 0 is unknown. It is last on other cards. No card has run our kernels.
-AHEAD_OF_FLASHINFER: Mapping[tuple[int, int], float] = {
+AHEAD_OF_FLASHINFER: Mapping[Architecture, float] = {
     # FlashMLA reports 660 TFLOP/s (its README), FlashInfer 280 to 377 (TileLang's comparison), and ours is
     # predicted between the two: without a wheel of FlashMLA it comes first.
     (9, 0): 0.38,
@@ -77,7 +73,7 @@ AHEAD_OF_FLASHINFER: Mapping[tuple[int, int], float] = {
 }
 
 
-def ahead_of(architecture: tuple[int, int]) -> Mapping[str, str]:
+def ahead_of(architecture: Architecture) -> Mapping[str, str]:
     """Return our op -> the op that it comes before on an architecture: see `AHEAD_OF_FLASHINFER`.
 
     Expanded attention of ours comes last: FlashAttention is at least as fast by every report.
@@ -91,15 +87,17 @@ class NewerFlashMla(FlashMla):
     needs: Mapping[str, Mapping[str, Any]] = {DECODE: {**ARGUMENTS, "is_fp8_kvcache": False}, PLAN: {}}
 
 
-def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
-    """Return the ops, best first. `multiprocessors` None means unknown."""
+def kernels(here: Architecture, multiprocessors: int | None) -> Mapping[str, FusedOp]:
+    """Return the ops for the architecture `here`, best first. `multiprocessors` None means unknown."""
     flashinfer = f"pip install flashinfer-python, and where there is no nvcc, {compiled_kernels()}"
-    flash_mla, ampere = flash_mla_source(), since_ampere(architecture)
+    flash_mla, ampere = flash_mla_source(), since_ampere(here)
 
-    def on(cards: Cards, op: type[VendorOp], install: str, limits: Any = None, **named: str) -> VendorOp:
+    def on(
+        cards: tuple[Architecture, ...], op: type[VendorOp], install: str, limits: Any = None, **named: str
+    ) -> VendorOp:
         """Return an op for cards of these architectures, on which alone the hint is given."""
-        limits = replace(limits or op.limits, device_reason=_only(architecture, *cards))
-        return op(limits, install=install if architecture() in cards else "", **named)
+        limits = replace(limits or op.limits, device_reason=_only(here, *cards))
+        return op(limits, install=install if here in cards else "", **named)
 
     of_plan = LatentLimits(max_query_rows=(multiprocessors or 1) * TILE, max_rows=FLASH_MLA_ROWS)
     separate, flash_attn_3 = VarlenLimits(pads_values=False), "flash_attn_interface"
@@ -111,7 +109,7 @@ def kernels(architecture: Architecture, multiprocessors: int | None) -> Mapping[
         "flashinfer": FlashInferMla(
             replace(FlashInferMla.limits, device_reason=ampere),
             install=flashinfer,
-            e4m3_reason=_only(architecture, *HOPPER),
+            e4m3_reason=_only(here, *HOPPER),
         ),
         "flash_attn_3": on(HOPPER, FlashAttnVarlen, _FLASH_ATTN_3, separate, module=flash_attn_3),
         "tokenspeed_prefill": on(BLACKWELL, TokenspeedPrefill, _TOKENSPEED),
@@ -141,21 +139,15 @@ def flash_mla_source() -> str:
     return "pip install sgl-flash-mla"
 
 
-def _only(architecture: Architecture, *wanted: tuple[int, int]) -> DeviceReason:
-    return _where(architecture, wanted.__contains__, f"it runs on {', '.join(map(_name, wanted))} only")
+def _only(here: Architecture, *wanted: Architecture) -> DeviceReason:
+    why = f"it runs on {', '.join(map(_name, wanted))} only, but this is {_name(here)}"
+    return lambda device: "" if here in wanted else why
 
 
-def since_ampere(architecture: Architecture) -> DeviceReason:
+def since_ampere(here: Architecture) -> DeviceReason:
     """Return what says why a card older than Ampere cannot run a kernel."""
-    return _where(architecture, AMPERE.__le__, f"it needs {_name(AMPERE)} or newer")
-
-
-def _where(architecture: Architecture, serves: Callable[[Any], bool], wanted: str) -> DeviceReason:
-    def reason(device: torch.device) -> str:
-        here = architecture()
-        return "" if serves(here) else f"{wanted}, but this is {_name(here)}"
-
-    return reason
+    why = f"it needs {_name(AMPERE)} or newer, but this is {_name(here)}"
+    return lambda device: "" if here >= AMPERE else why
 
 
 def old_triton() -> str:
@@ -172,7 +164,7 @@ def starts_early(architecture: Architecture, driver: str = "") -> bool:
     `driver` is its version, such as "535.183.01"; "" is unknown, and taken for a new one.
     """
     major = driver.partition(".")[0]
-    return architecture() >= HOPPER[0] and not (major.isdecimal() and int(major) < EARLY_DRIVER)
+    return architecture >= HOPPER[0] and not (major.isdecimal() and int(major) < EARLY_DRIVER)
 
 
 def installed_triton() -> tuple[str, tuple[int, ...]]:
@@ -181,5 +173,5 @@ def installed_triton() -> tuple[str, tuple[int, ...]]:
     return installed, tuple(int(part) for part in installed.split(".")[:2] if part.isdecimal())
 
 
-def _name(architecture: tuple[int, int]) -> str:
+def _name(architecture: Architecture) -> str:
     return f"sm_{architecture[0]}{architecture[1]}"

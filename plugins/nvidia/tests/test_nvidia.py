@@ -80,7 +80,7 @@ MISSING = ("is not installed", "no flash attention of its own")
 
 def reasons(op: str, architecture: tuple[int, int], but: tuple[str, ...] = MISSING) -> list[str]:
     """Return what the op says of a layer of DeepSeek's shape, but for packages that are not installed."""
-    refusals = kernels(lambda: architecture, 132)[op].unsupported_reasons(SPEC)
+    refusals = kernels(architecture, 132)[op].unsupported_reasons(SPEC)
     return [reason for reason in refusals if not any(words in reason for words in but)]
 
 
@@ -109,7 +109,7 @@ def test_a_kernel_is_refused_where_it_was_not_built_for(op: str, serves: set[tup
 def missing(architecture: tuple[int, int], kind: str) -> dict[str, str]:
     """Return op -> why it is refused, of the ops that would run on a card, best first."""
     whys = {}
-    for name, op in kernels(lambda: architecture, 132).items():
+    for name, op in kernels(architecture, 132).items():
         why = op.unsupported_reasons(SPEC)
         if op.contract.startswith(kind) and not any("but this is sm_" in clause for clause in why):
             whys[name] = "".join(why)
@@ -152,7 +152,7 @@ def test_the_card_at_hand_names_its_best_kernel_and_how_to_get_it(
 )
 def test_our_kernels_stand_where_evidence_puts_them(architecture: tuple[int, int], latent: list[str]) -> None:
     ours = triton_ops(tuning_for(227 * 1024), 132)
-    there = ordered(kernels(lambda: architecture, 132), ours, ahead_of(architecture))
+    there = ordered(kernels(architecture, 132), ours, ahead_of(architecture))
     kinds = {name: op.contract.partition("/")[0] for name, op in there.items()}
     refused = {"flash_mla": architecture != (9, 0), "tokenspeed": architecture[0] != 10}
     assert [
@@ -276,7 +276,7 @@ def backend_of(**properties: Any) -> Nvidia:
 def test_our_own_kernels_come_after_the_vendors_but_for_one_with_evidence() -> None:
     backend = backend_of(major=9, minor=0, shared_memory_per_block_optin=H100)
     names = list(backend.ops())
-    vendors = list(kernels(lambda: (9, 0), 132))
+    vendors = list(kernels((9, 0), 132))
     place = vendors.index("flashinfer")
     last = len(vendors) + 1
     assert names[:last] == [*vendors[:place], "triton_latent", *vendors[place:]]
@@ -377,7 +377,7 @@ def test_a_triton_that_is_too_old_is_not_tried(
 
 
 def test_launches_start_early_on_hopper_and_newer_with_a_driver_whose_graphs_hold_them() -> None:
-    assert starts_early(lambda: (9, 0))
-    assert starts_early(lambda: (10, 0), "545.23.08")
-    assert not starts_early(lambda: (9, 0), "535.183.01")
-    assert not starts_early(lambda: (8, 9))
+    assert starts_early((9, 0))
+    assert starts_early((10, 0), "545.23.08")
+    assert not starts_early((9, 0), "535.183.01")
+    assert not starts_early((8, 9))
