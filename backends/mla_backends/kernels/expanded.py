@@ -50,7 +50,7 @@ class VarlenLimits:
     pads_values: bool = True  # values must always be as wide as keys
     unpadded: tuple[tuple[int, int], ...] = ((192, 128),)  # else these widths are taken too, keys and values
     max_unlisted: int | None = None  # of widths that are not in `unpadded`; None: `max_width`
-    empty_segments: bool = True  # a batch may have segments with queries and no keys
+    blind_tokens: bool = True  # a batch may have tokens that see no key
     device_reason: DeviceReason | None = None
 
     def pads(self, key_width: int, value_width: int) -> bool:
@@ -118,8 +118,8 @@ class VarlenOp(VendorOp):
     def unsupported_batch(
         self, spec: Any, query_lens: Sequence[int], kv_lens: Sequence[int], page_size: int | None = None
     ) -> list[str]:
-        empty = any(queries and not keys for queries, keys in zip(query_lens, kv_lens, strict=True))
-        unknown = empty and not self.limits.empty_segments
+        blind = any(keys < queries for queries, keys in zip(query_lens, kv_lens, strict=True))
+        unknown = blind and not self.limits.blind_tokens
         return ["what it gives for a token without keys is not documented"] if unknown else []
 
     def prepare(self, spec: AttentionSpec, batch: SegmentLengths) -> VarlenState:

@@ -39,7 +39,7 @@ MATE_LATENT = LatentLimits(
 MATE_SPARSE = replace(FlashMlaSparse.limits, graph=False, max_bytes=(1 << 31) - 1)
 # `_check_valid_asm_input` in mate/mha_interface.py: 192 and 128, or values as wide as keys of at most 128.
 # Other widths have kernels too, which its tests cover for 128 and 256 only.
-MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, empty_segments=False)
+MATE_VARLEN = VarlenLimits(pads_values=False, max_unlisted=128, blind_tokens=False)
 
 CAPABILITY = "3.1"  # of the MTT S5000, in Moore Threads' own numbering: MATE's kernels are compiled for it
 # muDNN's FlashAttention takes values narrower than keys (MuDNNFlashVarlenFwd in torch_musa's SDP.cpp). SDPA

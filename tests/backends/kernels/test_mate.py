@@ -36,6 +36,7 @@ def test_tokens_without_keys_are_refused(installed: Any, make_spec: Any) -> None
     with installed("moore_mate"):
         op, reason = offered("mate_varlen"), ["what it gives for a token without keys is not documented"]
         assert op.unsupported_batch(make_spec(), (2, 1), (0, 5)) == reason
+        assert op.unsupported_batch(make_spec(), (3,), (2,)) == reason
         assert op.unsupported_batch(make_spec(), (0, 3), (0, 3)) == []
 
 
