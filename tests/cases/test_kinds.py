@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from float64_attention import attend_segments
-from op_bench import OpBench
+from op_bench import INDEXED, OpBench
 from wrong_sparse import MUTANTS
 
 from mla import MLAConfig
@@ -302,11 +302,6 @@ def test_nothing_is_not_right() -> None:
 
 
 # ------------------------------------------------------------------------------------------ sparse attention
-
-INDEXED = MLAConfig(
-    64, 2, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
-    index_topk=6, index_n_heads=3, index_head_dim=16,
-)  # fmt: skip
 
 
 def sparse_case(kind: str, index_format: str = "", **fields: Any) -> OpCase:

@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from op_bench import OpBench
+from op_bench import INDEXED, OpBench
 from wrong_sparse import MUTANTS
 
-from mla import MLAConfig
 from mla.bench.plan.memory import op_bytes
 from mla.bench.run.keeper import search
 from mla.cases import KINDS
@@ -34,10 +33,6 @@ from mla_backends.api import OPS, FusedOp, SegmentLengths
 from mla_backends.testing import HostBackend
 
 CPU = torch.device("cpu")
-CONFIG = MLAConfig(
-    64, 2, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
-    index_topk=6, index_n_heads=3, index_head_dim=16,
-)  # fmt: skip
 REQUESTS = ((12, 2), (3, 2), (9, 1), (0, 4))
 ORIGIN = file.Origin(backend="host", options=[], device="cpu", command="repeat", where="here", reason="wrong")
 
@@ -139,7 +134,7 @@ def in_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ALL)
 def test_a_pass_is_right_and_every_call_of_it_differs(kind: str, dtype: torch.dtype) -> None:
-    bench, given = OpBench(CONFIG, kind, dtype, REQUESTS, runs=6), set()
+    bench, given = OpBench(INDEXED, kind, dtype, REQUESTS, runs=6), set()
     timed = bench.implementation(REFERENCE[kind])
     name = timed._pool.entry.varied[0]
     for number in range(3):
@@ -156,7 +151,7 @@ def test_a_pass_is_right_and_every_call_of_it_differs(kind: str, dtype: torch.dt
 def test_a_wrong_op_is_found_kept_and_replayed(
     kind: str, make: Callable[[], FusedOp], said: str, tmp_path: Path
 ) -> None:
-    op, bench = make(), OpBench(CONFIG, kind, torch.float32, REQUESTS, runs=6)
+    op, bench = make(), OpBench(INDEXED, kind, torch.float32, REQUESTS, runs=6)
     implementation = bench.implementation(op)
     check = bench.run(implementation, 1)
     assert check.status == "wrong"

@@ -26,6 +26,11 @@ ROLES = {
     "latent_attention": "latent_attention",
     "expanded_attention": "expanded_attention",
 }
+# A layer with an indexer.
+INDEXED = MLAConfig(
+    64, 2, q_lora_rank=24, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=12,
+    index_topk=6, index_n_heads=3, index_head_dim=16,
+)  # fmt: skip
 
 
 class OpBench:

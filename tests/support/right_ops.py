@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,11 +78,8 @@ class DenseLatent(FusedOp):
     contract = "latent_attention/1"
     nan_safe_tail = True
 
-    class State:
-        graph_safe = True
-
     def prepare(self, spec: Any, batch: Any) -> Any:
-        return self.State()
+        return SimpleNamespace(graph_safe=True)
 
     def __call__(
         self, state: Any, *, q: Any, cache: Any, block_table: Any, kv_lens: Any, cu_q: Any, **rest: Any

@@ -32,12 +32,7 @@ def changing(kind: str, name: str, change: Callable[[Tensor], Any]) -> Any:
 
 def spoiling(kind: str, spoil: Callable[[Tensor], object], name: str = "out") -> Any:
     """Return an op that is right and then changes one of its tensors."""
-
-    def body(right: Any, *state: Any, **given: Any) -> None:
-        right(*state, **given)
-        spoil(given[name])
-
-    return mutant(kind, body)
+    return after(kind, lambda given: spoil(given[name]))
 
 
 def rows_of(given: dict[str, Any]) -> int:
@@ -59,7 +54,7 @@ def overwrite(given: dict[str, Any], rows: Any, first: int = 0, last: int | None
         given["out"][first:last] = rows
 
 
-def after(kind: str, spoil: Callable[[dict[str, Any]], None]) -> Any:
+def after(kind: str, spoil: Callable[[dict[str, Any]], object]) -> Any:
     """Return an op that is right and then does something to what it was given."""
 
     def body(right: Any, *state: Any, **given: Any) -> None:

@@ -120,27 +120,6 @@ def swapped_halves(codec: Codec, rows: Tensor) -> Tensor:
     return torch.cat((rows[:, half : 2 * half], rows[:, :half], rows[:, 2 * half :]), dim=1)
 
 
-class NextCodes(Writes):
-    """Stores the codes next to the right ones."""
-
-    def __init__(self) -> None:
-        super().__init__("fp8", lambda codec, kv, pe: codec.encode(kv, pe) ^ 1)
-
-
-class LastBitLost(Reads):
-    """Reads numbers of two bits of mantissa: errors of the size of the format's own."""
-
-    def __init__(self) -> None:
-        super().__init__("fp8", lambda codec, rows: rows & 0xFE)
-
-
-class AsScaled(Reads):
-    """Reads scales as powers of two."""
-
-    def __init__(self) -> None:
-        super().__init__("fp8_ds_mla_any", truncated)
-
-
 WRITES: list[tuple[str, Callable[[], Any]]] = [
     ("scales shifted", lambda: Writes("fp8_ds_mla_any", spoilt(moved(0, 16, 4)))),
     ("scales of the tile before", lambda: Writes("fp8_ds_mla_any", neighbour_tiles)),

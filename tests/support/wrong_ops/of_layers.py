@@ -28,7 +28,11 @@ MUTANTS: Mapping[str, list[Callable[[], Any]]] = {
     "layer.pages": [lambda: wrong(Latent, prepare=layers.consecutive_pages)],
     "layer.chunks": [lambda: after(Expanded, base_two)],
     "layer.variant": [layers.no_bias, layers.always_interleaved],
-    "layer.formats": [formats.NextCodes, formats.LastBitLost, formats.AsScaled],
+    "layer.formats": [
+        lambda: formats.Writes("fp8", lambda codec, kv, pe: codec.encode(kv, pe) ^ 1),  # the next codes
+        lambda: formats.Reads("fp8", lambda codec, rows: rows & 0xFE),  # two bits of mantissa
+        lambda: formats.Reads("fp8_ds_mla_any", formats.truncated),
+    ],
     "layer.untouched": [layers.two_slots],
     "layer.shared_plan": [lambda: wrong(Latent, first_layers("cache")), layers.accumulating],
     "layer.two_layers": [
