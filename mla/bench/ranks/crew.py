@@ -203,8 +203,7 @@ class Crew(Ranks):
         box: list[Any] = [None]
         with self._talking():
             dist.broadcast_object_list(box, src=0, group=self._control, device=torch.device("cpu"))
-        command: tuple[Any, ...] = box[0]
-        return command
+        return box[0]
 
     def gather(self, mine: T) -> list[T]:
         """Return what every rank gave, by rank, on rank 0; elsewhere nothing. All ranks must call it."""

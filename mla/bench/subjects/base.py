@@ -112,8 +112,7 @@ class Implementation(ABC):
 
     def check(self, checker: Any) -> Check:
         """Check all outputs of the last pass."""
-        check: Check = checker.check_pass(self.left(), self.held_to_reference)
-        return check
+        return checker.check_pass(self.left(), self.held_to_reference)
 
     # ------------------------------------------------------------------------------- a layer over ranks
 
@@ -167,8 +166,7 @@ class Foreign(Implementation):
         self._ran.add(index)
 
     def outputs(self) -> Outputs:
-        outputs: Outputs = self._call("outputs")
-        return outputs
+        return self._call("outputs")
 
     def facts(self) -> Facts:
         facts = self._call("facts")

@@ -49,8 +49,7 @@ IMPLEMENTATIONS: dict[str, Callable[[Setting, State], Implementation]] = {
 
 def _ours(setting: Setting, state: State, name: str, ops: str | None) -> Implementation:
     if setting.ranks is not None:
-        spread: Implementation = setting.ranks.layer(setting, state, name, ops)
-        return spread
+        return setting.ranks.layer(setting, state, name, ops)
     return MlaLayer(setting, state, name, ops)
 
 
