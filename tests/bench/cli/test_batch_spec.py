@@ -102,6 +102,7 @@ def test_a_spec_runs_below_one_op_with_heads_of_its_own(bench: Bench, small: lis
         (*TINY_CONFIG, "--batch-spec", SPEC, "--layers", "2"),
         (*TINY_CONFIG, "--workload", "tiny.toml", "-a", "kv=4,8", "-a", "dtype=fp32", "-a", "batch=1,3"),
         ("--workload", "ops.toml"),
+        ("--workload", "ops.toml", "--heads", "5"),
         ("--workload", "axes.toml"),
         ("--workload", "axes.toml", "--page-size", "64", "--dtype", "bfloat16"),
         ("--workload", "axes.toml", "-a", "page_size=128", "--dtype", "bfloat16"),
