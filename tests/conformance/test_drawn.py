@@ -307,6 +307,8 @@ def test_draws_are_those_that_are_judged(judge: Run, sound: Any) -> None:
     assert counted.refused > FEW_DRAWS
     assert of(functools.partial(later, itertools.count(1)), 30).drawn.judged == 30  # type: ignore[union-attr]
     assert of(refuse).status == "refused"
+    (fixed,) = judge(sound(ops={"mine": mutant("rms_norm", seventh)}), "rms_norm.formula[mine-*]")
+    assert (fixed.status, fixed.cases.passed, fixed.cases.refused) == ("pass", 2, 2)
 
 
 class FewGroups(type(REFERENCE["batched_linear"])):  # type: ignore[misc]
