@@ -135,7 +135,8 @@ def _with_defaults(options: RunOptions, workload: Workload, scenarios: Sequence[
     own = {axis for scenario in scenarios for axis in scenario.axes} - given
     moved = {name: getattr(options, name) for name in ("dtype", "page_size") if name in own}
     more = [f"{name}={value}" for name, value in moved.items() if value is not None]
-    return replace(options, config=config, op=op, axes=(*options.axes, *more), **dict.fromkeys(moved))
+    none: dict[str, Any] = dict.fromkeys(moved)
+    return replace(options, config=config, op=op, axes=(*options.axes, *more), **none)
 
 
 # ---------------------------------------------------------------------------------------------- link
