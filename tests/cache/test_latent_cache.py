@@ -109,6 +109,7 @@ def test_a_full_cache_changes_nothing(make_cache: Any) -> None:
         (lambda cache: cache.new_sequences(-1), r"new_sequences\(\) takes a count from 0 on, got -1"),
         (lambda cache: LatentCache(cache.config, max_tokens=3, dtype=torch.int8), "floating-point one"),
         (lambda cache: LatentCache(cache.config, max_tokens=3, dtype="bf16"), "got 'bf16'"),
+        (lambda cache: LatentCache("v3", max_tokens=64), r"config must be an MLAConfig, as .*, got 'v3'\."),
         (lambda cache: cache.extend([0, 1], [1]), "got 2 sequences and 1 query_lens"),
         (lambda cache: cache.extend([0, 1], [1, -1]), "must not be negative, got -1"),
         (lambda cache: cache.extend([0, 0], [1, 1]), "only once"),
@@ -312,9 +313,3 @@ def test_a_cache_shows_its_pages_and_how_full_they_are(make_cache: Any) -> None:
     assert repr(cache) == (
         f"LatentCache(pages={shape} torch.float32 on cpu, sequences=2, tokens=18, free_pages=1)"
     )
-
-
-def test_a_name_in_place_of_a_config_says_what_to_pass() -> None:
-    wanted: Any = "deepseek-r1"
-    with pytest.raises(ValueError, match=r"config must be an MLAConfig, as .*, got 'deepseek-r1'\."):
-        LatentCache(wanted, max_tokens=64)

@@ -9,7 +9,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -55,8 +55,7 @@ F = TypeVar("F", bound=Callable[..., object])
 
 def uncompiled(function: F) -> F:
     """Keep `torch.compile` out of a function: steps are worked out on the host, and ops are a backend's."""
-    disabled: F = torch.compiler.disable(function)
-    return disabled
+    return cast("F", torch.compiler.disable(function))
 
 
 NAME = "mla"  # of our attention function and its masks among those of `transformers`

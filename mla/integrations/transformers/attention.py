@@ -22,7 +22,7 @@ from mla.integrations.transformers.admission import (
     uncompiled,
 )
 from mla.layer.forward import AttentionCore
-from mla.layer.plan import is_sparse
+from mla.layer.plan import WORKSPACE_BYTES, is_sparse
 from mla.layer.workspace import Turn, Workspace
 from mla.reference.small import rotate
 
@@ -80,8 +80,7 @@ def left_padding(seen: torch.Tensor) -> list[int] | None:
     starts = seen.shape[1] - seen.sum(dim=1)
     if not torch.equal(seen, torch.arange(seen.shape[1], device="cpu") >= starts[:, None]):
         return None
-    first: list[int] = starts.tolist()
-    return first
+    return list(starts.tolist())
 
 
 def left_padded(starts: list[int], keys: int, queries: int) -> Iterator[Span]:
@@ -93,8 +92,7 @@ def left_padded(starts: list[int], keys: int, queries: int) -> Iterator[Span]:
 
 def _spans(request: int, seen: torch.Tensor, queries: int) -> Iterator[Span]:
     """Yield the spans of a request that sees the keys `seen` [s]: a hidden query is a span of its own."""
-    visible = seen[seen.shape[0] - queries :].tolist()
-    counts = seen.cumsum(dim=0)[seen.shape[0] - queries :].tolist()
+    visible, counts = seen[-queries:].tolist(), seen.cumsum(dim=0)[-queries:].tolist()
     first = 0
     for query in range(queries):
         ends = query + 1 == queries or not visible[query] or not visible[query + 1]
@@ -129,10 +127,9 @@ class Attention:
         picked: Picked | None = None,
     ) -> torch.Tensor:
         """Return [B, t, h, v]; 0 for queries that see no key. Only what an indexer `picked` is attended."""
-        paged: Any = getattr(latent, "paged", None)  # a layer of a `PagedCache`: latents are new ones alone
-        if paged is None and (kept := self.core.cache_format or self.core.index_format):
+        held: Any = getattr(latent, "paged", self._steps)  # of a `PagedCache`: latents are new ones alone
+        if held is self._steps and (kept := self.core.cache_format or self.core.index_format):
             raise UnsupportedModel(f"only a PagedCache holds {kept}: pass one to the model.")
-        held = self._steps if paged is None else paged
         with self.core.scratch.turn:  # until the result has been copied
             step: Step = held.step(flags, query.shape[2])
             rows = query.transpose(1, 2)  # [B, t, h, n + r]
@@ -153,8 +150,8 @@ class Attention:
 class Steps:
     """What the layers of a model share: the step that they are in, and scratch memory."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, keeps: int, turn: Turn) -> None:
-        self.scratch = Workspace(dtype, device, keeps=keeps, turn=turn)
+    def __init__(self, dtype: torch.dtype, device: torch.device, turn: Turn) -> None:
+        self.scratch = Workspace(dtype, device, keeps=WORKSPACE_BYTES, turn=turn)
         self._device = device
         self._last: Step | None = None
         self.zeroes = True  # what lies past a request's end, for an op that reads it
@@ -278,8 +275,7 @@ class Indexing:
     ) -> Picked:
         """Return what the layer's attention makes a selection of; keys go through the cache as stock ones."""
         indexer: Any = self._indexer()
-        config = self._config
-        half = config.qk_rope_head_dim // 2
+        config, half = self._config, self._config.qk_rope_head_dim // 2
         cos_sin = torch.cat([part[..., :half] for part in position_embeddings], dim=-1).float()
         q = indexer.wq_b(q_resid).unflatten(-1, (config.index_n_heads, config.index_head_dim))
         q = self._rotated(q, cos_sin[:, :, None])

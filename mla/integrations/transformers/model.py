@@ -29,7 +29,6 @@ from mla.integrations.transformers.admission import (
 from mla.integrations.transformers.attention import Attention, Indexing, Steps, attend
 from mla.layer.forward import AttentionCore
 from mla.layer.ops import Choice, choose
-from mla.layer.plan import WORKSPACE_BYTES
 from mla.layer.workspace import Turn
 from mla_backends.api import Backend, FusedOp, LinearSpec
 
@@ -69,7 +68,7 @@ def use_mla(
         )
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, visible_keys)
-    steps = Steps(surveyed.dtype, device, WORKSPACE_BYTES, Turn.of(opened))
+    steps = Steps(surveyed.dtype, device, Turn.of(opened))
     outer, owner, inner = surveyed.models[0], surveyed.owner, surveyed.models[-1]
     outer.mla_used, owner.mla_before = True, owner.config._attn_implementation
     try:
@@ -186,11 +185,6 @@ class Packed(Guard):
         self._linear = (linear,)  # in a tuple, so that it is not a child
         self.weight, self.bias = linear.weight, linear.bias
 
-    @property
-    def trains(self) -> bool:
-        """Whether a parameter wants gradients."""
-        return any(weight.requires_grad for weight in self.parameters(recurse=False))
-
     def take_weight(self) -> None:
         """Free the plain weight, when nothing can fail any more."""
         with torch.inference_mode(False):  # what is made in that mode cannot be trained later
@@ -229,7 +223,7 @@ class PackedLinear(Packed):
     @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., i] times the weight, plus the bias: [..., o]."""
-        require_inference(x, training=torch.is_grad_enabled() and self.trains)
+        require_inference(x, *(self.parameters(recurse=False) if torch.is_grad_enabled() else ()))
         spec = self._choice.spec
         for operand in (x, x if self.bias is None else self.bias):
             if (operand.dtype, operand.device) != (spec.dtype, spec.device):

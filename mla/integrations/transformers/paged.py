@@ -185,8 +185,7 @@ class PagedCache(Cache):
             self._leave_out_released()
             if not self._unfinished.isdisjoint(self._sequences):
                 raise UnsupportedModel(
-                    "the last forward on these requests broke off: call `reset()` on the PagedCache, or "
-                    "release their sequences."
+                    "the last forward on these requests broke off: call `reset()`, or release them."
                 )
             self._last = self._extended(flags, queries)
             self._unfinished.update(self._sequences)
