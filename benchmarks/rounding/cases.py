@@ -34,9 +34,7 @@ class Layer:
     def drawn(self, dtype: torch.dtype, seed: int) -> LayerCase:
         """Return the case of a seed, and of a dtype."""
         own_seed = seed if self.alike else seed + 1_000_000
-        return replace(
-            self.case, dtype=dtype, model=seed // self.same_weights, seed=own_seed - LayerCase.SEED
-        )
+        return replace(self.case, dtype=dtype, model=seed // self.same_weights, seed=own_seed)
 
 
 # Four heads; the widths of the smallest DeepSeek are those of `MLAConfig` by default.

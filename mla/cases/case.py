@@ -268,7 +268,7 @@ class Kind:
 
     def fault(
         self, name: str, result: torch.Tensor, truth: Tensors, *, errors: Tensors, dtype: torch.dtype,
-        places: Places | None,
+        places: Places | None = None,
     ) -> tuple[float, str]:  # fmt: skip
         """Return the error of one result over its bound, and what is wrong with it.
 

@@ -254,7 +254,7 @@ class Stores(OfBytes):
         return [*self.decoded, "bytes" if op.encodes_rounded else "codes"]
 
     def fault(
-        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None, **known: Any
+        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None = None, **known: Any
     ) -> tuple[float, str]:
         if name in BYTES:
             return judge_bytes(result, truth[name], places)

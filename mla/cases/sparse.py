@@ -229,7 +229,7 @@ class SelectLatents(OverPages):
         return given["keys"]
 
     def fault(
-        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None, **known: Any
+        self, name: str, result: torch.Tensor, truth: Tensors, *, places: Places | None = None, **known: Any
     ) -> tuple[float, str]:
         return judge_selection(result, truth, places, in_bf16=name == "out_in_bf16")
 
