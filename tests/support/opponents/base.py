@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from wrapped_op import WrappedOp
 
+from mla.bench.limits.microbench import FEATURES
 from mla_backends.api import OPS
 from mla_backends.testing import HostBackend
 
@@ -53,8 +54,9 @@ class Call:
 
     @property
     def is_extra(self) -> bool:
-        """Whether it has more rows than any of the layer has: a limit is being measured."""
-        return self.operand.shape[0] > ROWS
+        """Whether a limit is being measured: its rows or its columns are none that the layer has."""
+        rows, columns = self.operand.shape[0], self.operand.shape[-1]
+        return rows > ROWS or (self.kind == "linear" and columns in (FEATURES, rows))
 
     @property
     def is_last(self) -> bool:
