@@ -12,6 +12,7 @@ there is SLOWER. Needs no torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -213,7 +214,8 @@ def _scaling(base: Run, new: Run, comparison: Comparison) -> str:
 
 def _threads(run: Run) -> int:
     """Return the threads of each rank where the device is the host's processor, else 1."""
-    return int(run.environment.get("torch_threads", 1)) if _on_host(run) else 1
+    threads = run.environment.get("torch_threads", "")
+    return int(threads) if _on_host(run) and re.fullmatch("[1-9][0-9]{0,5}", threads) else 1
 
 
 def _on_host(run: Run) -> bool:

@@ -77,13 +77,14 @@ def _parsed(data: bytes, type_: type[T]) -> T:
 def _upgrade(run: Run) -> Run:
     """Fill in fields that older versions did not write; `schema_version` stays that of the file.
 
-    Their throughput was the median pass's: it is made again from the samples.
+    Their throughput was the median pass's: it is made again from the samples, if these can be.
     """
     for case in run.cases:
         case.base = case.base or case.scenario
         case.dtype = case.dtype or run.dtype
-        if run.schema_version < TOTAL and case.tokens_per_s:
-            case.tokens_per_s = cases.throughput_of(cases.passes_of(case), sum(case.query_lens))
+        passes = cases.passes_of(case)
+        if run.schema_version < TOTAL and case.tokens_per_s and passes and all(map(sum, passes)):
+            case.tokens_per_s = cases.throughput_of(passes, sum(case.query_lens))
     return run
 
 

@@ -18,6 +18,7 @@ import msgspec
 from mla.bench.results.cases import KINDS
 from mla.bench.results.rows import Cell, Row, cell
 from mla.bench.results.schema import Case, Run
+from mla.errors import ResultError
 
 CATEGORY = "operator"
 # Result codes: what was tested is at fault (there INTERNAL), or there is no number otherwise (GENERIC).
@@ -48,8 +49,12 @@ START = re.compile(
 
 
 def documents(run: Run) -> list[Document]:
-    """Return a document for every case."""
-    created = datetime.datetime.fromisoformat(run.created)
+    """Return a document for every case. Raises `ResultError` for a run that has no date."""
+    try:
+        created = datetime.datetime.fromisoformat(run.created)
+    except ValueError as error:
+        said = f"cannot export a run whose `created` is not a time: '{run.created}'."
+        raise ResultError(said) from error
     return [_document(run, case, created) for case in run.cases]
 
 

@@ -54,11 +54,10 @@ class Table(NamedTuple):
     def text(self, kind: str) -> str:
         """Return all of it as plain text, or as Markdown for the kind "md", ending in a newline."""
         body = ""
-        if self.rows and kind == "md":
-            body = markdown(self.head, self.rows)
-        elif self.rows:
+        if self.rows or not self.notes:
             styles = [_STYLES.get(mark, "") for mark in self.marks] if self.marks and has_colours() else None
-            body = aligned(self.head, self.rows, self.words, styles=styles)
+            plain = aligned(self.head, self.rows, self.words, styles=styles)
+            body = markdown(self.head, self.rows) if kind == "md" else plain
         return "\n\n".join(filter(None, (self.title, body.rstrip("\n"), "\n".join(self.notes)))) + "\n"
 
 

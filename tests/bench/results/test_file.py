@@ -63,6 +63,17 @@ def test_the_throughput_of_an_older_file_is_made_again(make_run: MakeRun, versio
     assert throughput.median == pytest.approx(1e3 * 192 * 6 / 59.87)
 
 
+@pytest.mark.parametrize("samples", [[0.0] * 6, []])
+def test_the_throughput_of_an_older_file_stays_where_samples_do_not_tell(
+    make_run: MakeRun, samples: list[float]
+) -> None:
+    run = make_run()
+    run.schema_version, (case,) = 3, run.cases
+    assert case.latency_ms is not None
+    case.latency_ms = msgspec.structs.replace(case.latency_ms, samples=samples) if samples else None
+    assert decode(encode(run)) == run
+
+
 def test_a_file_of_a_newer_version_is_refused(make_run: MakeRun) -> None:
     document = {**msgspec.json.decode(encode(make_run())), "schema_version": 99, "cases": "anything"}
     said = f"schema version 99, but this mla reads only up to {SCHEMA_VERSION}"

@@ -146,6 +146,15 @@ def test_runs_of_one_time_differ_in_what_the_dashboard_tells_apart(make_run: Mak
     assert documents(run) == exported, "a second import finds the same run_id and skips it"
 
 
+def test_a_run_without_a_date_is_refused_in_a_sentence(bench: Bench, make_run: MakeRun) -> None:
+    run = make_run()
+    run.created = "yesterday"
+    results.write(run, Path("a.json"))
+    done = bench("export", "a.json", "--format", "infinimetrics")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == "error: cannot export a run whose `created` is not a time: 'yesterday'.\n"
+
+
 def two_cases(make_run: MakeRun) -> Path:
     run = make_run()
     run.cases.append(make_run(implementation="mla-reference").cases[0])

@@ -38,6 +38,7 @@ def run(make_run: Run) -> Run:
     ("one", "several", "said"),
     [
         ({}, {}, "1.60x on 2 times the cores: efficiency 80 %"),
+        ({"threads": "many"}, {"threads": 0}, "1.60x on 2 times the cores: efficiency 80 %"),
         ({"threads": 4}, {"threads": 2}, "1.60x on 1 times the cores: efficiency 160 %"),
         ({**CARD, "threads": 8}, {**CARD, "threads": 4}, "1.60x on 2 times the devices: efficiency 80 %"),
         (CARD, {"card": "card B"}, ""),

@@ -233,6 +233,8 @@ def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun)
     shown = columns(run.cases)
     assert rows[1] == f"| {' | '.join(['---'] * len(shown))} |"
     assert {row.replace("\\|", "").count("|") for row in rows} == {len(shown) + 1}
+    run.cases = []
+    assert render(run, "md").startswith("| scenario | implementation |")
 
 
 def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: MakeRun) -> None:
