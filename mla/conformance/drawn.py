@@ -20,7 +20,7 @@ from mla.command.console import note
 from mla.conformance.report import Drawn
 from mla.conformance.trial import CheckFailed, Drawing, Refused, Trial, ask, raised
 from mla_backends.api import FusedOp, claimed_formats
-from mla_backends.errors import BackendError, plugin_code
+from mla_backends.errors import BackendError, describe, plugin_code
 
 if TYPE_CHECKING:
     from mla.cases.drawn import Field
@@ -185,18 +185,23 @@ def _search(search: Search, drawing: Drawing, kept: Path | None) -> None:
         before, drawn = drawn, time.monotonic() - start
         longest = max(longest, drawn - before)
         if search.wrong is not None and kept is not None:
-            with contextlib.suppress(OSError):  # what keeps the call itself says that the disk is full
+            try:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.write_text("".join(f"{line}\n" for line in (FORMAT, *numbers, number)))
+            except OSError as error:
+                note(f"'{kept}' cannot be written, so that draw {number} is not kept: {describe(error)}.")
         number += 1
 
 
 def kept_numbers(file: Path) -> list[int]:
-    """Return the numbers of draws that failed before; of another suite, which drew other cases, none."""
-    kept, *numbers = (file.read_text() if file.exists() else "").split() or [FORMAT]
-    if kept == FORMAT:
-        return list(dict.fromkeys(map(int, numbers)))
-    why = "the suite that wrote it drew other cases"
+    """Return the numbers of draws that failed before; why a file is ignored is said on stderr."""
+    try:
+        kept, *numbers = (file.read_text() if file.exists() else "").split() or [FORMAT]
+        if kept == FORMAT:
+            return list(dict.fromkeys(map(int, numbers)))
+        why = "the suite that wrote it drew other cases"
+    except (OSError, ValueError) as error:
+        why = describe(error)
     note(f"'{file}' is ignored, so that no earlier failure comes first: {why}.")
     return []
 

@@ -452,20 +452,33 @@ def test_what_depends_on_the_output_is_kept(
     assert "the first wrong call is kept" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "3\n7\n"], ids=["empty", "old"])
+KEPT = {
+    "empty": ("", ""),
+    "damaged": (f"{FORMAT}\n3\nx7\n", "first: ValueError: invalid literal for int()"),
+    "old": ("3\n7\n", "first: the suite that wrote it drew other cases"),
+    "folder": (None, "first: IsADirectoryError: "),
+}
+
+
+@pytest.mark.parametrize(("text", "reason"), KEPT.values(), ids=KEPT)
 def test_kept_numbers_that_cannot_be_used_are_no_fault_of_the_op(
-    sound: Any, judge: Run, tmp_path: Path, capsys: Any, text: str
+    sound: Any, judge: Run, tmp_path: Path, capsys: Any, text: str | None, reason: str
 ) -> None:
     file = tmp_path / "drawn" / "rms_norm-mine-float32-.txt"
     file.parent.mkdir()
-    file.write_text(text)
+    if text is None:
+        file.mkdir()
+    else:
+        file.write_text(text)
     result = drawn_into(judge, sound(ops={"mine": REFERENCE["rms_norm"]}), tmp_path)
     assert result.status == "incomplete"
-    said = f"'{file}' is ignored, so that no earlier failure comes first: the suite that wrote it drew other"
-    assert (said in capsys.readouterr().err) == bool(text)
+    said = capsys.readouterr().err
+    assert reason in said
+    assert (str(file) in said) == bool(reason)
     wrong = drawn_into(judge, sound(ops={"mine": Rarely()}), tmp_path, 300)
     assert "rows are wrong" in wrong.failures[0].reason
-    assert re.fullmatch(rf"{FORMAT}\n\d+\n", file.read_text())
+    assert ("cannot be written" in capsys.readouterr().err) == (text is None)
+    assert text is None or re.fullmatch(rf"{FORMAT}\n\d+\n", file.read_text())
 
 
 def drawn_into(judge: Run, backend: Any, folder: Path, count: int = FEW_DRAWS) -> CheckResult:
