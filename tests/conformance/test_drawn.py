@@ -387,6 +387,15 @@ def test_time_is_shared_among_what_is_planned(monkeypatch: pytest.MonkeyPatch) -
     assert suite.share(norm) == 60 - ENDING
 
 
+def test_an_op_that_refuses_what_most_layers_have_gets_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.monotonic", lambda: 0.0)
+    ops = {"usual": REFERENCE["rms_norm"], "rare": ServesNothing()}
+    monkeypatch.setattr("faulty_backend.FaultyBackend.ops", lambda self: ops)
+    run = opened(minutes=1, only=("rms_norm.drawn",))
+    usual, rare = map(run.share, run.planned)
+    assert rare == pytest.approx(usual * suite.UNUSUAL)
+
+
 @pytest.mark.parametrize(("least", "most", "end"), [(0, 90, 30), (5, 90, 50), (50, 64, 60)])
 def test_no_draw_begins_that_would_end_too_late(
     monkeypatch: pytest.MonkeyPatch, least: int, most: int, end: int
