@@ -61,10 +61,9 @@ def _why(x: Any, shape: Sequence[int | None], dtype: torch.dtype, device: torch.
     wanted = f"must be [{', '.join('any' if size is None else str(size) for size in shape)}] {dtype}"
     if not isinstance(x, torch.Tensor):
         return f"{wanted}, got a {type(x).__name__}."
-    foreign = x.device.type != "cpu" and type(x).__module__.partition(".")[0] != "torch"
-    if (
-        type(x) not in _plain and not foreign
-    ):  # a vendor's stack may have a class of its own; the host has none
+    # A vendor's stack may have a class of its own; the host has none.
+    of_a_vendor = x.device.type != "cpu" and type(x).__module__.partition(".")[0] != "torch"
+    if type(x) not in _plain and not of_a_vendor:
         return (
             f"is a {type(x).__name__}, and must be a plain tensor: leave such wrappers and their modes out."
         )

@@ -327,9 +327,8 @@ class FlashInferMla(VendorOp):
         pages = tuple(-(-keys // batch.page_size) for _, _, keys in busy)
         places = _places(tuple(row * table.shape[1] for row, _, _ in busy), pages, table.device)
         starts = list(accumulate(counts, initial=0))
-        empty = [
-            first for first, (_, _, keys) in zip(starts, busy, strict=False) if not keys
-        ]  # one token each
+        # Requests without keys have one token: `unsupported_batch`.
+        empty = [first for first, (_, _, keys) in zip(starts, busy, strict=False) if not keys]
         return FlashInferState(
             plan={
                 "qo_indptr": integers(starts),

@@ -16,9 +16,11 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from mla_backend_cpu.compilation import (
+    LIBRARY,
     Artifact,
     BuildError,
     Level,
@@ -143,12 +145,15 @@ def folder() -> Path:
 
 def _opened(kept: Path) -> Artifact | None:
     """Return kernels, unless they are damaged or others could have written them."""
-    with contextlib.suppress(OSError):
-        if any(distrust(place.lstat()) for place in (kept.parent, kept)):
+    with contextlib.suppress(OSError), contextlib.ExitStack() as undo:
+        opened = os.open(kept.parent, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        undo.callback(os.close, opened)  # until then, who can write folders above cannot replace the cache
+        inside = Path(f"/proc/self/fd/{opened}", kept.name)
+        if distrust(os.fstat(opened)) or distrust(inside.lstat()):
             return None
-        if kernels := opened_kernels(kept):
+        if kernels := opened_kernels(inside):
             if not distrust(os.fstat(kernels.descriptor)):
-                return kernels
+                return replace(kernels, path=kept / LIBRARY)
             os.close(kernels.descriptor)
     return None
 

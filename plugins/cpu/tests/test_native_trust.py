@@ -90,6 +90,29 @@ def test_folders_above_decide_nothing(kept: Path, tmp_path: Path) -> None:
         built()
 
 
+def test_a_cache_that_is_replaced_while_it_is_examined_is_not_loaded(
+    kept: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By who can write a folder above: what lies there need not be theirs, as they may link to any file."""
+    before, mine, theirs = kept.stat().st_ino, kept.parents[1], tmp_path / "theirs"
+    shutil.copytree(mine, theirs)
+    open_to_all(theirs)
+
+    def examine(status: os.stat_result) -> str:
+        why = distrust(status)
+        if theirs.exists():
+            mine.rename(tmp_path / "mine")
+            theirs.rename(mine)
+        return why
+
+    monkeypatch.setattr(cache, "distrust", examine)
+    artifact = cache.find(PORTABLE)
+    assert artifact is not None
+    assert os.fstat(artifact.descriptor).st_ino == before
+    assert artifact.path == kept
+    assert cache.find(PORTABLE) is None
+
+
 @pytest.mark.parametrize("spoil", spoils)
 def test_a_folder_that_others_make_during_a_build_is_not_used(
     compiler: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, spoil: Callable[[Path], None]
