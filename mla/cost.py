@@ -185,10 +185,10 @@ def by_path(
     def extra(query_len: int, kv_len: int) -> int:  # (absorbed - expanded) / 2h, as in `role_costs`
         return attended_pairs(query_len, kv_len) * per_pair + (query_len - kv_len) * per_token
 
-    # Of a single token, it is positive for any number of keys, or falls with it.
+    # For a single token, `extra` is positive whatever the number of keys, or falls as that rises.
     decodes = everyone and query_lens.count(1) == len(everyone)
     if attention != "auto" or (decodes and extra(1, min(kv_lens)) <= 0):
-        members[ABSORBED if attention == "auto" else attention] = everyone
+        members[ABSORBED if attention == "auto" else attention] += everyone
         return members
     for request, lengths in enumerate(zip(query_lens, kv_lens, strict=True)):
         members[ABSORBED if extra(*lengths) <= 0 else EXPANDED].append(request)

@@ -204,8 +204,8 @@ class LatentCache:
                 entry.pages[(length - 1) // size] * size + (length - 1) % size
                 for entry, length in zip(entries, kv_lens, strict=True)
             ]
-        shape, own = (sum(query_lens), table.shape, self.pages.device), reserved > 0
-        memory = self._memory[own] = BatchMemory.of(self._memory.get(own), *shape)
+        shape, reserves = (sum(query_lens), table.shape, self.pages.device), reserved > 0
+        memory = self._memory[reserves] = BatchMemory.of(self._memory.get(reserves), *shape)
         of = (table, self.page_size, self.pages.device, self, slots, memory)
         batch = RaggedBatch(query_lens, kv_lens, *of)
         for entry, length in zip(entries, kv_lens, strict=True):  # last: until here memory may be short
@@ -417,7 +417,7 @@ class LatentCache:
         owned = host_ints(self._get(sequence).pages[whole:]).to(pages.device)
         kept = pages.index_select(0, owned)
         keys = kept if self.index_codec is None else index_keys(kept, self.index_codec)
-        return keys.flatten(0, 1)[skipped : self.length(sequence) - start + skipped].clone()
+        return keys.flatten(0, 1)[skipped : len(self.slots(sequence)) - start + skipped].clone()
 
     def encoded(self, kv: torch.Tensor, pe: torch.Tensor) -> torch.Tensor:
         """Return rows of `pages` for kv [s, c] and pe [s, r] in `dtype`."""

@@ -219,8 +219,8 @@ class ShardedCache(LatentCache):
 
     `share` says which tokens. Other arguments are `LatentCache`'s, with `max_tokens` of all ranks together.
     `pages` [layers, pages, page_size, c + r, or bytes] hold this share's latents; every rank has `num_pages`
-    of them. Ids of sequences are the same on every rank; `load` takes the history of all ranks, and `slots`
-    and `read` return this one's tokens.
+    of them. Ids of sequences are the same on every rank; `load` takes the history of all ranks, and `slot`,
+    `slots`, `read` and `read_index` are of this one's tokens alone.
     """
 
     def __init__(self, config: MLAConfig, share: Share, *, max_tokens: int, **arguments: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from test_tokens import Prompts, generate
 from tiny_models import CACHE, FAMILIES, make_model
 
+from mla.cache import LatentCache
 from mla.errors import CacheFull
 from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 
@@ -218,24 +221,43 @@ def test_what_was_refused_leaves_it_as_it_was(model: Any, prompts: Prompts) -> N
 
 
 @torch.no_grad()
-def test_a_forward_that_broke_off_is_noticed_by_the_next(model: Any, prompts: Prompts) -> None:
-    """Its second layer lacks the tokens that the first one has."""
+@pytest.mark.parametrize("encodes", [1, 2, 3])
+def test_a_forward_that_broke_off_is_noticed_by_the_next(
+    model: Any, prompts: Prompts, encodes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers, from the first or the second and last one on, lack its tokens; or none does."""
+    encoded, calls = LatentCache.encoded, count(1)
 
-    def fail(*_: Any) -> None:
-        raise MemoryError
+    def fail(*arguments: Any) -> Any:
+        if next(calls) == encodes:
+            raise MemoryError
+        return encoded(*arguments)
 
-    cache = paged(use_mla(model))
-    expected = model(**prompts, **cache).logits
-    cache[CACHE].reset()
-    hook = model.model.layers[0].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(MemoryError):
-        model(**prompts, **cache)
-    hook.remove()
+    cache = paged(use_mla(model))[CACHE]
+    expected = model(**prompts, **cache.argument).logits
+    cache.reset()
+    with monkeypatch.context() as broken:
+        broken.setattr(LatentCache, "encoded", fail)
+        with pytest.raises(MemoryError) if encodes <= 2 else nullcontext():
+            model(**prompts, **cache.argument)
     mask = torch.cat((prompts["attention_mask"], torch.ones(3, 1, dtype=torch.int64)), dim=1)
-    with pytest.raises(UnsupportedModel, match="broke off: call `reset"):
-        model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **cache)
-    cache[CACHE].reset()
-    assert torch.equal(model(**prompts, **cache).logits, expected)
+    for held in (copy.deepcopy(cache), cache):
+        refusal = pytest.raises(UnsupportedModel, match="broke off: call `reset")
+        with refusal if encodes <= 2 else nullcontext():
+            model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **held.argument)
+    cache.reset()
+    assert torch.equal(model(**prompts, **cache.argument).logits, expected)
+
+
+@torch.no_grad()
+def test_a_forward_of_no_tokens_is_whole(model: Any, prompts: Prompts) -> None:
+    """No layer writes any, as all are padding."""
+    cache = paged(use_mla(model))[CACHE]
+    nothing = {"input_ids": torch.full((3, 2), 7), "attention_mask": torch.zeros(3, 2, dtype=torch.int64)}
+    model(**nothing, **cache.argument)
+    mask = torch.nn.functional.pad(prompts["attention_mask"], (2, 0))
+    logits = model(input_ids=prompts["input_ids"], attention_mask=mask, **cache.argument).logits
+    assert logits.shape[:2] == prompts["input_ids"].shape
 
 
 def test_tokens_are_cropped(model: Any, prompts: Prompts) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -127,16 +129,21 @@ def test_a_batch_is_void_once_the_cache_has_changed() -> None:
         batch.check_current()
 
 
-def test_a_history_is_spread_over_the_ranks() -> None:
-    kv, pe = torch.randn(11, 6), torch.randn(11, 2)
-    gathered = torch.zeros(11, 8)
+@pytest.mark.parametrize("tokens", [11, 2])
+def test_a_history_is_spread_over_the_ranks(tokens: int) -> None:
+    kv, pe, keys = torch.randn(tokens, 6), torch.randn(tokens, 2), torch.randn(tokens, 4)
+    gathered = torch.zeros(tokens, 8)
+    config = replace(CONFIG, q_lora_rank=8, index_topk=4, index_n_heads=1, index_head_dim=4)
     for rank in range(3):
-        cache = ShardedCache(CONFIG, Share(rank, 3), max_tokens=64, page_size=4, dtype=torch.float32)
+        cache = ShardedCache(config, Share(rank, 3), max_tokens=64, page_size=4, dtype=torch.float32)
         (sequence,) = cache.new_sequences(1)
-        cache.load(sequence, kv, pe)
-        cache.load(sequence, kv, pe)  # of another layer, say
-        assert cache.length(sequence) == 11
-        owned = range(rank, 11, 3)
+        cache.load(sequence, kv, pe, index=keys)
+        cache.load(sequence, kv, pe, index=keys)  # of another layer, say
+        assert cache.length(sequence) == tokens
+        owned = range(rank, tokens, 3)
+        index = cache.read_index(sequence)
+        assert index is not None
+        assert torch.equal(index, keys[list(owned)])
         gathered[list(owned)] = torch.cat(cache.read(sequence), dim=1)
         assert torch.equal(torch.cat(cache.read(cache.copy(sequence, cache)), dim=1), gathered[list(owned)])
     assert torch.equal(gathered, torch.cat((kv, pe), dim=1))

@@ -80,6 +80,8 @@ class PagedLayer(CacheLayerMixin):
         new = [torch.cat([part[span.request, span.queries] for span in step.spans]) for part in parts]
         rows = self._cache.latents.encoded(*new)
         pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, rows)
+        if self._index + 1 == len(self._cache.layers):
+            self._cache._unfinished.difference_update(self._cache._sequences)
         return pages
 
     def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
@@ -150,7 +152,7 @@ class PagedCache(Cache):
         )
         self.columns = 0  # tokens of the longest request, with its padding
         self._sequences: list[int] = []
-        self._unfinished: set[int] = set()  # of which not all layers have had their new tokens
+        self._unfinished: set[int] = set()  # of which not all layers have written their new tokens
         self._named = False  # whether `use` said which they are
         self._last: Step
         super().__init__(layers=[PagedLayer(self, layer, index) for index, layer in enumerate(layers)])
@@ -188,9 +190,7 @@ class PagedCache(Cache):
                     "the last forward on these requests broke off: call `reset()`, or release them."
                 )
             self._last = self._extended(flags, queries)
-            self._unfinished.update(self._sequences)
-        if layer == len(self.layers) - 1:
-            self._unfinished.difference_update(self._sequences)
+            self._unfinished.update(self._sequences if self._last.spans else ())  # without any, none writes
         return self._last
 
     def length(self) -> int:
@@ -258,4 +258,6 @@ class PagedCache(Cache):
         made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
         made._sequences = [self.latents.copy(sequence, made.latents) for sequence in self._sequences]
         made.columns, made._named = self.columns, self._named
+        pairs = zip(self._sequences, made._sequences, strict=True)
+        made._unfinished = {copied for held, copied in pairs if held in self._unfinished}
         return made
