@@ -165,6 +165,10 @@ def test_a_case_that_vanished_is_listed_and_closes_the_gate(run: Any, bench: Any
     assert gate(bench, new, base, *LIMIT).code == 0, "a new case is no regression"
     none = two(run, withheld(run, "not run", **REFERENCE))
     assert gate(bench, none, new, *LIMIT).code == 0, "it had no number"
+    for place in range(4):
+        base.cases += run(**REFERENCE, scenario=f"long {place}", base=f"long {place}").cases
+    line = "prefill, mla-reference; long 0, mla-reference; long 1, mla-reference and 2 more: missing from"
+    assert line in gate(bench, base, new).out
 
 
 def test_a_case_that_became_another_closes_the_gate(run: Any, bench: Any) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla.bench import results
+from mla.bench.results.cases import KINDS
 from mla.bench.results.rows import COLUMNS, as_csv, timing_rows
 from mla.bench.results.schema import Case, Run, Timing
 
@@ -29,6 +30,7 @@ MEASURED = [
     *("latency_ms", "latency_ci95_low_ms", "latency_ci95_high_ms", "latency_p10_ms", "latency_p90_ms"),
     *("tokens_per_s", "tokens_per_s_ci95_low", "tokens_per_s_ci95_high", "samples", "passes"),
     *("needed_tflop_per_s", "needed_gb_per_s", "limit_percent", "planning_ms", "transient_bytes"),
+    *(f"{kind}_ms" for kind in KINDS),
 ]
 
 
@@ -80,6 +82,13 @@ def test_a_case_without_a_number_has_none_in_any_row(make_run: MakeRun, status: 
     for row in table(run):
         assert (row["status"], row["reason"]) == (status, "because")
         assert [name for name in MEASURED if row[name]] == []
+
+
+def test_what_computes_nothing_has_no_speedup(make_run: MakeRun) -> None:
+    run = make_run([4.0] * 6)
+    run.cases += make_run([2.0] * 6, implementation="mine", ops={}).cases
+    run.cases += make_run([1.0] * 6, implementation="read", ops={}, cost=results.Cost(flops=0, bytes=1)).cases
+    assert [(row["baseline"], row["speedup"]) for row in table(run)] == [("", ""), ("mla", "2.0"), ("", "")]
 
 
 def test_one_wrong_timing_keeps_its_reason_and_loses_its_number(make_run: MakeRun) -> None:

@@ -151,6 +151,10 @@ def test_cases_without_an_interval_for_lack_of_time_are_counted(make_run: MakeRu
         "warning: 1 of 1 cases got too few passes for an interval: other processes used 1.6 of 2 CPUs; rerun "
         "when idle (-v names the cases)"
     ]
+    run.cases[0].settled = False
+    both = "timings of 1 of 1 cases are unsteady, 1 of 1 cases got too few passes for an interval: other"
+    assert folded_warnings(run)[0].startswith(f"warning: {both}")
+    run.cases[0].settled = None
     del run.environment[OTHERS]
     run.cases[0].interrupted = True
     assert folded_warnings(run) == []

@@ -13,7 +13,7 @@ import pytest
 
 from mla.bench import results
 from mla.bench.results.rows import case_rows
-from mla.bench.results.schema import Run
+from mla.bench.results.schema import RankFacts, Run, Spread
 from mla.bench.terminal.run_table import (
     COLUMNS,
     FORMATS,
@@ -235,6 +235,15 @@ def test_markdown_is_one_table_with_as_many_cells_in_each_row(make_run: MakeRun)
     assert {row.replace("\\|", "").count("|") for row in rows} == {len(shown) + 1}
     run.cases = []
     assert render(run, "md").startswith("| scenario | implementation |")
+
+
+def test_json_is_the_result_file_without_the_word_for_readers(make_run: MakeRun) -> None:
+    rank = RankFacts(
+        rank=0, samples=[1.0], collective_ms=0, collective_bytes=0, cache_bytes=1, weight_bytes=1
+    )
+    run = make_run(spread=Spread(layout="tp=1", library="gloo", ranks=[rank], predicted=True))
+    assert results.decode(render(run, "json").encode()) == run
+    assert "mla (predicted)" in render(run, "table")
 
 
 def test_rates_count_the_necessary_work_and_unknown_prints_a_dash(make_run: MakeRun) -> None:

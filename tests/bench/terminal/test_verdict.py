@@ -128,6 +128,7 @@ def test_a_sweep_is_one_verdict_that_counts_its_points(said: Any, case: Make) ->
     cases[0] = failed(case, "a", "wrong", scenario="sweep 0", base="sweep", point={"kv": 0})
     for fast in (cases[2], cases[4]):
         fast.roofline = results.Roofline(floor_ms=2.0, bound="memory", doubt="faster than its floor")
+        fast.latency_ms = timed(case, "a", 0.1, 0.11).latency_ms
     assert said(*cases) == [
         "sweep (50 points): a is fastest at 39, no decision at 8, suspect limit or time at 2, only one has a "
         "number at 1; 2x as fast as the next; at 50 % of the limit; cases without a number: 1 wrong"
