@@ -44,7 +44,7 @@ class Comparison:
     interval: Interval | None = None  # at least 90 % confidence
     verdict: str = REFUSED
     reason: str = ""
-    note: str = ""  # which steps are compared, where a case has fewer
+    note: str = ""  # which steps are compared, whether one is predicted, how a case scales
     passes: Interval | None = None  # the interval of the ratio of whole passes
     added: bool = False  # a baseline that nobody asked for: no gate depends on it
 

@@ -246,6 +246,7 @@ def test_files_of_both_schemas_mix(rich: Sequence[results.Run]) -> None:
     parsed = Page(page.render([*old, "new.json"], [*old.values(), rich[0]]))
     assert set(parsed.ids("section")) == set(SECTIONS)
     assert re.search(r"none of \d+ cases can be compared: config differs", parsed.text)
+    assert "Comparison: E new.json" not in parsed.text, "a table without rows"
     assert "This file has no limits" in parsed.text
 
 
