@@ -19,6 +19,7 @@ from mla.bench.workload.workload_file import read_workload
 from mla.command import files
 from mla.command.console import note, out
 from mla.command.display import aligned
+from mla.command.environment import distribution_version
 from mla.command.exit_codes import Exit, end_early
 from mla.command.options import (
     FILE,
@@ -158,6 +159,9 @@ def doctor(name: str | None, backend_options: tuple[str, ...], as_json: bool) ->
     """
     from mla.bench.doctor import diagnosis
 
+    if distribution_version("mla") and distribution_version("mla-bench"):
+        again = "run `pip uninstall mla mla-bench`, then install again"
+        note(f"`mla` (the old name) and `mla-bench` are both installed and own the same files: {again}")
     if backend_options and name is None:
         raise UsageError("-O is an option of one backend: name it, as in `doctor torch -O device=cpu`.")
     report = diagnosis.diagnose(name, key_values(backend_options))

@@ -123,7 +123,7 @@ class RunOptions(BackendOptions):
     )]
     dtype: Annotated[str | None, how(
         "--dtype", metavar="DTYPE", type=DTYPE, common=True, show_default="bf16",
-        help=f"DTYPE of weights, cache and activations: {', '.join(DTYPES)}.",
+        help=f"Dtype of weights, cache and activations: {', '.join(DTYPES)}.",
     )]
     budget: Annotated[float | None, how(
         "--budget", metavar="TIME", type=Read(duration), common=True,
@@ -373,8 +373,8 @@ _EXCLUSIVE = (
     (_LENGTHS, _SOURCES, "both give the lengths of the requests"),
     (("--config",), ("--model-path",), "the checkpoint's own config.json is used"),
 )
-_OF_LAYERS = ("--model-path", "--attention", "--layers", "--stages")
-_OF_ONE_DEVICE: tuple[str, ...] = ("--op", "--layers", "--stages", "--profile", "--dump-failure")
+_OF_LAYERS = ("--model-path", "--attention", "--layers", "--stages", "--parallel")
+_OF_ONE_DEVICE: tuple[str, ...] = ("--layers", "--stages", "--profile", "--dump-failure")
 _OF_ONE_DEVICE += ("--mode", "--cache", "--clock")
 # Values that are as good as none, and options that are not called like their fields.
 _AS_NONE = {"attention": "auto", "mode": "eager", "cache": "warm", "clock": "host", "layers": 1}

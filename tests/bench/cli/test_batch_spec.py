@@ -182,6 +182,7 @@ def test_what_a_file_cannot_mean_is_named(
     [
         (("--workload", "ops.toml", "--layers", "2"), "--layers is", " by workload 'ops.toml'"),
         (("--workload", "ops.toml", "--stages"), "--stages is", " by workload 'ops.toml'"),
+        (("--workload", "ops.toml", "--parallel", "tp=3"), "--parallel is", " by workload 'ops.toml'"),
         (("--batch-spec", "q1", "--op", "linear", "--layers", "2"), "--layers is", ""),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla.bench.cli import devices
 from mla_backends.known import KNOWN
 
 Bench = Callable[..., Any]
@@ -146,6 +147,13 @@ def test_options_belong_to_the_backend_that_is_named(bench: Bench) -> None:
     assert block == [
         "reason backend 'torch' has no option 'devise'; it knows: device, import, graph, threads."
     ]
+
+
+def test_two_names_of_one_distribution_are_told(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "distribution_version", {"mla": "0.1.0", "mla-bench": "0.1.0"}.get)
+    said = bench("doctor", "-O", "native=off").err
+    assert said.startswith("`mla` (the old name) and `mla-bench` are both installed and own the same files: ")
+    assert "run `pip uninstall mla mla-bench`, then install again\n" in said
 
 
 def test_json_holds_the_same_for_machines(process: Bench, torch_that: Any) -> None:
