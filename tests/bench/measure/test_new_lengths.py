@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from wrapped_op import WrappedOp
@@ -306,8 +307,8 @@ def test_a_slow_layer_runs_fewer(tiny: Callable[..., MLAConfig], time: Time) -> 
 
 
 def test_paths_stay_those_of_the_scenario(tiny: Callable[..., MLAConfig]) -> None:
-    """A request at the border of two paths: fewer keys, or fewer tokens, would be expanded."""
-    loaded = Loaded(tiny(), PREFILL)
-    planned = by_path(tiny(), PREFILL.query_lens, PREFILL.kv_lens(0))
-    for lengths in new_lengths(loaded.layer, PREFILL):
-        assert by_path(tiny(), *lengths) == planned
+    """Of 20 new tokens: with less than 43 of its 50 keys of history, the request would be expanded."""
+    border = msgspec.structs.replace(PREFILL, query_lens=(20, 5), history=(50, 30))
+    planned = by_path(tiny(), border.query_lens, border.kv_lens(0))
+    drawn = list(new_lengths(Loaded(tiny(), border).layer, border))
+    assert [by_path(tiny(), *lengths) for lengths in drawn] == [planned] * TUPLES
