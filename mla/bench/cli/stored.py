@@ -63,9 +63,9 @@ def compare(base: Path, runs: tuple[Path, ...], noise: float, fail_slower: float
             what = "is compared with itself" if path == base else f"holds the same run as {base}"
             text += f"{path} {what}: there is nothing to compare\n"
             continue
-        table, held = compared(first, run, f"{path} against {base}", noise)
+        table, comparisons = compared(first, run, f"{path} against {base}", noise)
         text += table.text(kind)
-        cases += held
+        cases += comparisons
     out(text)
     return Exit.OK if all(run == first for run in others) else verdict(cases, fail_slower)
 

@@ -173,7 +173,8 @@ def warnings(base: Run, new: Run) -> list[str]:
     pairs = [("device", base.backend.device, new.backend.device), ("seed", base.seed, new.seed)]
     for name in sorted({*base.environment, *new.environment} & FACTS):
         pairs.append((name, base.environment.get(name, "unset"), new.environment.get(name, "unset")))
-    pairs.append(("layout over ranks", _layouts(base), _layouts(new)))
+    layouts = _layouts(base), _layouts(new)
+    pairs += [("layout over ranks", *layouts)] * all(layouts)  # those of a run without numbers are not known
     if _spreads_context(base, new):
         pairs.append(("attention", base.attention, new.attention))
     return [f"{name} differs: {old} and {now}" for name, old, now in pairs if old != now]

@@ -53,8 +53,7 @@ def documents(run: Run) -> list[Document]:
     try:
         created = datetime.datetime.fromisoformat(run.created)
     except ValueError as error:
-        said = f"cannot export a run whose `created` is not a time: '{run.created}'."
-        raise ResultError(said) from error
+        raise ResultError(f"cannot export a run whose `created` is not a time: '{run.created}'.") from error
     return [_document(run, case, created) for case in run.cases]
 
 

@@ -121,8 +121,8 @@ def case_rows(run: Run) -> list[Row]:
         base, first = known[case.scenario]
         apart = {other.implementation: other.relative_difference for other in case.agreement}
         difference = apart.get(first.implementation)
-        held = base is not None and case is not base and case.check.status == "ok" and case.cost.flops
-        comparison = compare_implementations(base, case) if base and held else None
+        judged = case is not base and case.check.status == "ok" and case.cost.flops
+        comparison = compare_implementations(base, case) if base and judged else None
         rows.append(Row(run, case, comparison=comparison, difference=difference))
     return rows
 

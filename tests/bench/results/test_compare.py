@@ -109,6 +109,7 @@ def test_a_case_without_a_number_is_refused_for_that_alone(run: Any, status: str
     assert compare(run(), none)[0].reason == f"the new run has no number, check: {status} (because)"
     assert compare(none, run())[0].reason == f"the base run has no number, check: {status} (because)"
     assert {comparison.verdict for comparison in compare(run(), none) + compare(none, run())} == {"REFUSED"}
+    assert warnings(run(), none) == warnings(none, run()) == []
 
 
 def gate(bench: Any, base: results.Run, new: results.Run, *words: str) -> Any:
