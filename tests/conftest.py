@@ -15,6 +15,7 @@ import fake_distribution
 import pytest
 import tiers
 from garbage import pytest_collection_finish, pytest_unconfigure
+from hypothesis import HealthCheck, settings
 from tiers import pytest_collection_modifyitems
 from triton_here import lacking
 
@@ -32,6 +33,10 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 # Processes that test side by side must not spin for each other's cores; read when torch loads.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Tests assert no times, and others may use the machine.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIRED = ("mla", "mla_backends")
