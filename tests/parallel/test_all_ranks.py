@@ -17,6 +17,7 @@ import mla
 from mla import LatentCache, MLAConfig
 from mla.cases.memory import poison
 from mla.errors import UsageError
+from mla.layer.plan import WORKSPACE_BYTES
 from mla.layer.workspace import Workspace
 from mla.parallel.cache import ShardedCache
 from mla.parallel.groups import SimulatedGroups
@@ -97,12 +98,12 @@ def state_of(config: MLAConfig) -> State:
 
 
 def rank_forward(
-    groups: SimulatedGroups, config: MLAConfig = CONFIG, cache_format: str | None = None
+    groups: SimulatedGroups, config: MLAConfig = CONFIG, cache_format: str | None = None, **more: Any
 ) -> Callable[[torch.Tensor], object]:
     """Return the forward of a rank, which writes an output [T, d]."""
     layout = groups.layout
     stored: Any = {"dtype": torch.float32, "cache_format": cache_format}
-    layer = ParallelMLA(config, groups, **stored)
+    layer = ParallelMLA(config, groups, **stored, **more)
     layer.load_state_dict(state_of(config))
     if layout.dcp > 1:
         share = Share(groups.place.dcp, layout.dcp)
@@ -172,13 +173,17 @@ ALONE = [*((layout, CONFIG) for layout in ("tp=4", "dcp=8")), *(("tp=2,dcp=2", c
 
 
 @pytest.mark.parametrize(("layout", "config"), ALONE)
-def test_a_rank_alone_computes_its_share_anew(layout: str, config: MLAConfig) -> None:
-    """Rehearsed or not: its output was overwritten, and what others send stands in for no computing."""
+@pytest.mark.parametrize("workspace", [WORKSPACE_BYTES, 0])
+def test_a_rank_alone_computes_its_share_anew(layout: str, config: MLAConfig, workspace: int) -> None:
+    """Rehearsed or not: its output was overwritten, and what others send stands in for no computing.
+
+    Without room, it receives several messages in the same memory.
+    """
     parsed = Layout.parse(layout)
     part = config.with_heads(config.num_attention_heads // parsed.head_parts)
     for rank in range(parsed.world):
         groups, out = SimulatedGroups(parsed, rank), torch.empty_like(HIDDEN)
-        forward = rank_forward(groups, config)
+        forward = rank_forward(groups, config, workspace_bytes=workspace)
         shard = dict(HeadShard(state_of(config), config, parsed.head_part(rank), parsed.head_parts))
         held = Share(groups.place.dcp, parsed.dcp).owns if parsed.dcp > 1 else None
         groups.rehearse(lambda: forward(out))  # noqa: B023
