@@ -14,6 +14,8 @@ import pytest
 
 from mla.conformance.report import CheckResult
 from mla.layer.forward import Step
+from mla.reference import REFERENCE
+from mla_backends.errors import BackendError
 
 Run = Callable[..., list[CheckResult]]
 
@@ -100,3 +102,13 @@ def test_a_backend_whose_every_method_raises_is_judged_to_the_end(judge: Run, so
     results = {verdict.check: verdict for verdict in judge(broken, "device", "ops")}
     assert "raised RuntimeError: the driver is gone" in results["device.probe"].reason
     assert results["ops.known"].status == results["device.synchronize"].status == "fail"
+
+
+class Asked(type(REFERENCE["rms_norm"])):  # type: ignore[misc]
+    def unsupported_reasons(self, spec: Any) -> list[str]:
+        raise BackendError("not here")
+
+
+def test_a_support_query_that_raises_is_no_refusal(judge: Run, sound: Any) -> None:
+    (result,) = judge(sound(ops={"mine": Asked()}), "ops.reasons")
+    assert (result.status, result.cases.failed) == ("fail", 1)

@@ -207,19 +207,21 @@ def test_strides_are_kept_amid_poison() -> None:
     assert bool(out.isnan().all())
 
 
-def test_a_wrong_call_is_kept_where_the_op_refuses_to_be_called_again() -> None:
+@pytest.mark.parametrize(("refuses", "alone"), [(True, None), (False, False)], ids=["refuses", "is right"])
+def test_a_wrong_call_is_kept_where_the_op_does_not_repeat_it(refuses: bool, alone: bool | None) -> None:
     class Once(FaultyOp):
         calls = 0
 
         def __call__(self, *leading: Any, **tensors: Any) -> None:
             Once.calls += 1
-            if Once.calls > 1:
+            if Once.calls > 1 and refuses:
                 raise BackendError("once is enough")
-            super().__call__(*leading, **tensors)
+            (super().__call__ if Once.calls == 1 else self.right)(*leading, **tensors)
 
     watcher = run_layer(lambda name, op: Once(KINDS[name], "scale") if name == "o_proj" else op)
     assert watcher.wrong is not None
-    assert (watcher.wrong.call.facts.role, watcher.wrong.alone) == ("o_proj", None)
+    assert (watcher.wrong.call.facts.role, watcher.wrong.alone) == ("o_proj", alone)
+    assert "every row" in watcher.wrong.reason
 
 
 def test_what_lies_between_rows_must_stay() -> None:
