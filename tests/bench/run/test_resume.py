@@ -178,7 +178,7 @@ def test_a_slow_yardstick_is_complete_with_the_passes_it_was_given(bench: Bench,
         assert f"resuming   {kept} cases" in bench(*partial, "--resume", "run.json", "-o", "other.json").err
 
 
-def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
+def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept_or_ran_before(
     bench: Bench, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is cut where the first one has no time."""
@@ -194,6 +194,7 @@ def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
     kept = run.cases[0]
     assert kept.latency_ms is not None
     results.write(msgspec.structs.replace(run, cases=[kept]), Path("run.json"))
+    warm = asked.copy()
     asked.clear()
     bench(*words, "--resume", "run.json", "-o", "other.json")
     assert asked == [2 * kept.latency_ms.median]
@@ -202,6 +203,9 @@ def test_a_yardstick_is_held_to_the_first_implementation_even_if_that_was_kept(
     asked.clear()
     bench(*words, "--resume", "run.json", "-o", "other.json")
     assert asked == []
+    monkeypatch.setattr("mla.bench.plan.memory.MemoryPlan.side_by_side", False)  # it has run before, alone
+    bench(*words)
+    assert asked == warm != []
 
 
 def withhold(case: results.Case, status: Any, reason: str) -> None:
