@@ -66,6 +66,8 @@ def test_every_way_of_timing_and_every_file_has_its_row(make_run: MakeRun) -> No
         ("1.json", "other", "eager", "warm"),
     ]
     assert float(rows[0]["latency_ms"]) == case.latency_ms.median  # type: ignore[union-attr]
+    further = [(row["cold_ms"], row["graph_ms"], row["device_ms"]) for row in rows]
+    assert further == [("2.0", "2.0", ""), *[("", "", "")] * 3]
     assert rows[0]["needed_tflop_per_s"] == "0.5"  # 1e9 FLOP in 2 ms
     assert rows[0]["tokens_per_s"]
     assert not rows[1]["tokens_per_s"], "throughput is the headline's"
