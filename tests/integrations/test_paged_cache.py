@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
@@ -221,11 +220,11 @@ def test_what_was_refused_leaves_it_as_it_was(model: Any, prompts: Prompts) -> N
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("encodes", [1, 2, 3])
+@pytest.mark.parametrize("encodes", [1, 2])
 def test_a_forward_that_broke_off_is_noticed_by_the_next(
     model: Any, prompts: Prompts, encodes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers, from the first or the second and last one on, lack its tokens; or none does."""
+    """Layers, from the first or from the second and last one on, lack its tokens."""
     encoded, calls = LatentCache.encoded, count(1)
 
     def fail(*arguments: Any) -> Any:
@@ -238,12 +237,11 @@ def test_a_forward_that_broke_off_is_noticed_by_the_next(
     cache.reset()
     with monkeypatch.context() as broken:
         broken.setattr(LatentCache, "encoded", fail)
-        with pytest.raises(MemoryError) if encodes <= 2 else nullcontext():
+        with pytest.raises(MemoryError):
             model(**prompts, **cache.argument)
     mask = torch.cat((prompts["attention_mask"], torch.ones(3, 1, dtype=torch.int64)), dim=1)
     for held in (copy.deepcopy(cache), cache):
-        refusal = pytest.raises(UnsupportedModel, match="broke off: call `reset")
-        with refusal if encodes <= 2 else nullcontext():
+        with pytest.raises(UnsupportedModel, match="broke off: call `reset"):
             model(input_ids=torch.full((3, 1), 7), attention_mask=mask, **held.argument)
     cache.reset()
     assert torch.equal(model(**prompts, **cache.argument).logits, expected)

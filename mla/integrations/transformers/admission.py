@@ -230,8 +230,7 @@ def _faults_of(layer: Any, config: MLAConfig) -> Iterator[str]:
 
 
 def _projections(layer: Any) -> list[tuple[str, Any]]:
-    projections = [(name, getattr(layer, name, None)) for name in PROJECTIONS]
-    return [(name, linear) for name, linear in projections if linear is not None]
+    return [(name, linear) for name in PROJECTIONS if (linear := getattr(layer, name, None)) is not None]
 
 
 def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:

@@ -76,23 +76,23 @@ class PagedLayer(CacheLayerMixin):
 
     def write(self, step: Step, latent: NewLatents, pe: torch.Tensor) -> torch.Tensor:
         """Write a step's latents, and return this layer's pages [pages, page, c + r, or bytes]."""
-        pages, parts = self._cache.latents.pages[self._index], (latent.rows[:, 0], pe[:, 0])
+        cache, parts = self._cache, (latent.rows[:, 0], pe[:, 0])
+        pages = cache.latents.pages[self._index]
         new = [torch.cat([part[span.request, span.queries] for span in step.spans]) for part in parts]
-        rows = self._cache.latents.encoded(*new)
-        pages.view(-1, pages.shape[-1]).index_copy_(0, step.batch.slots, rows)
-        if self._index + 1 == len(self._cache.layers):
-            self._cache._unfinished.difference_update(self._cache._sequences)
+        pages.flatten(0, 1).index_copy_(0, step.batch.slots, cache.latents.encoded(*new))
+        if self._index + 1 == len(cache.layers):
+            cache._unfinished.difference_update(cache._sequences)
         return pages
 
     def update_indexer(self, keys: torch.Tensor) -> torch.Tensor:
         """Hand new index keys [B, t, D] to the attention, to be written to the index pages."""
         return keys
 
-    def write_index(self, step: Step, keys: torch.Tensor) -> torch.Tensor:
+    def write_index(self, step: Step, keys: torch.Tensor) -> torch.Tensor | None:
         """Write a step's index keys, of [B, t, D], and return this layer's index pages."""
         new = torch.cat([keys[span.request, span.queries] for span in step.spans])
         self._cache.latents.write_index(self._index, step.batch.slots, new)
-        return self._cache.latents.index_pages[self._cache.latents.index_layers.index(self._index)]
+        return self._cache.latents.of_layer(self._index)[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return the number of keys of a step, and the first one."""
@@ -171,7 +171,7 @@ class PagedCache(Cache):
     def is_uneven(self) -> bool:
         """Whether `use` named sequences of different lengths, whose next positions only the caller knows."""
         self._leave_out_released()
-        return self._named and len({self.latents.length(sequence) for sequence in self._sequences}) > 1
+        return self._named and len({*map(self.latents.length, self._sequences)}) > 1
 
     def use(self, sequences: Sequence[int]) -> None:
         """Name the sequences of the next forward, in the order of its rows.
@@ -185,7 +185,7 @@ class PagedCache(Cache):
         """Return the step of a forward, for which the first layer that asks makes room."""
         if layer == 0:
             self._leave_out_released()
-            if not self._unfinished.isdisjoint(self._sequences):
+            if self._unfinished.intersection(self._sequences):
                 raise UnsupportedModel(
                     "the last forward on these requests broke off: call `reset()`, or release them."
                 )
@@ -200,8 +200,9 @@ class PagedCache(Cache):
 
     def _leave_out_released(self) -> None:
         """Forget which sequences were released behind this cache's back, as a server may."""
-        if not all(sequence in self.latents for sequence in self._sequences):
-            self.use([sequence for sequence in self._sequences if sequence in self.latents])
+        there = [*filter(self.latents.__contains__, self._sequences)]
+        if there != self._sequences:
+            self.use(there)
 
     def _extended(self, flags: torch.Tensor, queries: int) -> Step:
         starts, tokens = left_padding(flags[:, 0, 0] != 0), flags.shape[-1]
@@ -210,10 +211,10 @@ class PagedCache(Cache):
                 "attention_mask hides tokens in the middle or at the end of a request: a PagedCache takes "
                 "padding on the left alone (`tokenizer.padding_side = 'left'`)."
             )
-        held = [self.latents.length(sequence) for sequence in self._sequences] or [0] * len(starts)
+        held = [*map(self.latents.length, self._sequences)] or [0] * len(starts)
         kv_lens = [tokens - start for start in starts]
         new = [min(queries, length) for length in kv_lens]
-        if len(held) != len(new) or [old + more for old, more in zip(held, new, strict=True)] != kv_lens:
+        if [length - more for length, more in zip(kv_lens, new, strict=True)] != held:
             raise UnsupportedModel(
                 f"attention_mask names {kv_lens} tokens of {len(new)} requests, {new} of them new, but this "
                 f"cache holds {held}: call `reset()`, or `use` the sequences of this batch."
@@ -230,7 +231,7 @@ class PagedCache(Cache):
         except BaseException:
             self.latents.release(made)
             raise
-        self._sequences = self._sequences or made
+        self._sequences += made
         return batch
 
     def clear(self) -> None:
@@ -256,8 +257,8 @@ class PagedCache(Cache):
         self._leave_out_released()
         size = self.latents.page_size
         made = PagedCache(self._model, max_tokens=self.latents.num_pages * size, page_size=size)
-        made._sequences = [self.latents.copy(sequence, made.latents) for sequence in self._sequences]
+        copies = {sequence: self.latents.copy(sequence, made.latents) for sequence in self._sequences}
+        made._sequences = [*copies.values()]
+        made._unfinished = {copies[sequence] for sequence in self._unfinished & copies.keys()}
         made.columns, made._named = self.columns, self._named
-        pairs = zip(self._sequences, made._sequences, strict=True)
-        made._unfinished = {copied for held, copied in pairs if held in self._unfinished}
         return made
