@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
+from mla.reference import REFERENCE
+from mla_backends import selftest
+from mla_backends.api import AttentionSpec, IndexerSpec, NormSpec
 from mla_backends.selftest import failures
 
 CURE = "install the compiler"
@@ -58,3 +62,68 @@ def test_wrong_numbers_are_no_matter_of_a_compiler_either() -> None:
     (reason,) = failures(lambda: "gives wrong results", "it", CURE)
     assert reason.startswith("it gives wrong results on a tiny batch here; update the package")
     assert failures(lambda: "", "it", CURE) == []
+
+
+# ------------------------------------------------------------------------------------- the tiny problems
+CPU, WRONG = torch.device("cpu"), "gives wrong results"
+SPEC = AttentionSpec(4, 32, 16, 8, 16, 0.2, torch.float32, CPU, topk=8)
+TRIALS: dict[str, Callable[[Any], str]] = {
+    "latent_attention": lambda op: selftest.try_latent(op, SPEC, 16),
+    "sparse_latent_attention": lambda op: selftest.try_latent(op, SPEC, 16),
+    "expanded_attention": lambda op: selftest.try_expanded(op, SPEC),
+    "select_latents": lambda op: selftest.try_select(op, IndexerSpec(4, 32, 8, 8, torch.float32, CPU), 16),
+    "rms_norm": lambda op: selftest.try_rms_norm(op, NormSpec(32, torch.float32, CPU)),
+    "rotate_query": lambda op: selftest.try_rotate_query(op, SPEC),
+    "write_latent": lambda op: selftest.try_write_latent(op, SPEC),
+}
+
+
+class Mistaken:
+    """An op that is given other operands, or whose results are changed in place."""
+
+    def __init__(
+        self, kind: str, given: Callable[[Any], Any] = dict, after: Callable[[Any], Any] = id
+    ) -> None:
+        self._op, self._given, self._after = REFERENCE[kind], given, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._op, name)
+
+    def __call__(self, *state: Any, **operands: Any) -> None:
+        self._op(*state, **{**operands, **self._given(operands)})
+        self._after(operands)
+
+
+def one_layout(operands: Any) -> dict[str, Any]:
+    return {"interleaved": True}
+
+
+def as_if_contiguous(operands: Any) -> dict[str, Any]:
+    v = operands["v"]
+    return {"v": v.as_strided(v.shape, torch.empty(v.shape).stride(), 0)}
+
+
+@pytest.mark.parametrize("kind", TRIALS)
+def test_a_right_op_passes_and_one_with_a_wrong_row_does_not(kind: str) -> None:
+    assert TRIALS[kind](Mistaken(kind)) == ""
+    target = "cache" if kind == "write_latent" else "out"
+    assert TRIALS[kind](Mistaken(kind, after=lambda given: given[target][-1].zero_())) == WRONG
+
+
+@pytest.mark.parametrize(
+    ("kind", "mistake", "said"),
+    [
+        ("latent_attention", {"after": lambda given: given["lse"].add_(0.1)}, "gives a wrong log-sum-exp"),
+        ("expanded_attention", {"after": lambda given: given["lse"].add_(0.1)}, "gives a wrong log-sum-exp"),
+        ("expanded_attention", {"given": as_if_contiguous}, WRONG),
+        ("sparse_latent_attention", {"given": lambda given: {"selection": given["selection"] // 2}}, WRONG),
+        ("select_latents", {"given": lambda given: {"weights": -given["weights"]}}, WRONG),
+        ("select_latents", {"after": lambda given: given["out"][0, 3:].fill_(0)}, WRONG),  # no -1 behind
+        ("select_latents", {"after": lambda given: given["out"][1, 1:2].copy_(given["out"][1, :1])}, WRONG),
+        ("rotate_query", {"given": one_layout}, WRONG),
+        ("write_latent", {"given": one_layout}, WRONG),
+        ("write_latent", {"given": lambda given: {"slots": given["slots"].flip(0)}}, WRONG),
+    ],
+)
+def test_a_mistake_of_each_kind_is_found(kind: str, mistake: dict[str, Any], said: str) -> None:
+    assert TRIALS[kind](Mistaken(kind, **mistake)) == said
