@@ -40,7 +40,7 @@ def places(entries: Sequence[charts.Entry], axis: str = "kv") -> list[tuple[str,
 
 def test_several_files_get_letters_and_short_names(make_run: Any) -> None:
     runs = [make_run() for _ in range(3)]
-    runs[0].config = {"name": "/home/somebody/tiny.json"}
+    runs[0].config = {"name": "folder/tiny.json"}
     runs[2].config = {"name": "/models/other/config.json"}
     loaded = summary.result_files(["/r/old/run.json", "/r/new/run.json", "/r/x\x1b.json"], runs)
     assert [file.title for file in loaded] == ["A old/run.json", "B new/run.json", "C r/x\\x1b.json"]
