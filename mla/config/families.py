@@ -6,12 +6,14 @@ fixed values are those of the classes in `transformers`, which the tests compare
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mla.errors import ConfigError, did_you_mean
-from mla_backends.outside import quoted
+from mla_backends.outside import escaped, quoted, shortened
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)  # fields that no key changes
     demands: Mapping[str, Any] = field(default_factory=dict)  # keys with one supported value, if present
     needs: frozenset[str] = frozenset()  # keys that may not be null
-    ignores: frozenset[str] = frozenset()  # keys of CHANGES that change nothing here, or that `derived` reads
+    ignores: frozenset[str] = frozenset()  # keys refused elsewhere that change nothing or are read here
     rope_types: Mapping[str, str] = field(default_factory=dict)  # its own spelling -> the common one
     rotates: bool = True
     scales_queries: bool = False  # by position, see QueryScaling
@@ -46,14 +48,14 @@ def _indexer_types(values: Mapping[str, Any]) -> tuple[str, ...]:
     """
     pattern, every = values.get("index_topk_pattern"), values.get("index_topk_freq")
     if pattern is not None:
-        return tuple({"F": "full", "S": "shared"}.get(kind, kind) for kind in pattern)
+        if not isinstance(pattern, (str, list)):
+            raise ConfigError(f"index_topk_pattern must be a string or a list, got {quoted(pattern)}.")
+        return tuple({"F": "full", "S": "shared"}.get(str(kind), kind) for kind in pattern)
     count, offset = values.get("num_hidden_layers"), values.get("index_skip_topk_offset", 2)
-    if not isinstance(every, int) or every < 2:
+    if every is None or every < 2:
         return ()
-    if not isinstance(count, int) or not isinstance(offset, int):
-        raise ConfigError(
-            "index_topk_freq needs a whole number num_hidden_layers, and index_skip_topk_offset."
-        )
+    if count is None or offset is None:
+        raise ConfigError("index_topk_freq needs num_hidden_layers, and index_skip_topk_offset.")
     return tuple("shared" if max(i - offset + 1, 0) % every else "full" for i in range(count))
 
 
@@ -64,7 +66,7 @@ def _sparse(interleaved: bool) -> dict[str, Any]:
         "fixed": {**_INTERLEAVED, "indexer_rope_interleave": interleaved},
         "demands": {"indexer_rope_interleave": interleaved},  # its classes know one layout, and ask no key
         "needs": frozenset({"q_lora_rank", "index_topk", "index_n_heads"}),
-        "ignores": frozenset(INDEXER_KEYS),
+        "ignores": frozenset({*INDEXER_KEYS, *_SHARING_KEYS}),
         "indexes": True,
     }
 
@@ -76,6 +78,10 @@ def _ling_gate(gated_attention_proj_granularity_type: Any = "head_wise", **other
 
 
 INDEXER_KEYS = ("index_topk", "index_n_heads", "index_head_dim", "indexer_types")
+_SHARING_KEYS = (
+    "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern",
+    "index_share_for_mtp_iteration",  # drafts reuse a selection, and each has an indexer too
+)  # fmt: skip
 _INDEXED = {**_DIMS, "index_topk": 2048, "index_head_dim": 128}
 
 FAMILIES: Mapping[str, Family] = {
@@ -195,7 +201,7 @@ REFUSED: Mapping[str, str] = {
     "LongcatCausalLM": "its indexer always picks the first and the last tokens as well",
 }
 
-# Keys that mean a different attention when set, and what they mean. Refused in every family.
+# Keys that mean a different attention when set, at any depth, and what they mean. Refused in every family.
 CHANGES: Mapping[str, str] = {
     **dict.fromkeys(INDEXER_KEYS, _INDEXER),
     **dict.fromkeys(("sliding_window", "sliding_window_size"), "queries see a window of keys only"),
@@ -215,6 +221,44 @@ CHANGES: Mapping[str, str] = {
     ),
     **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora"), "latents are scaled"),
 }
+
+# Other keys whose names say that they choose what queries see. Refused unless the family's table has them.
+_CHOOSES = re.compile(
+    r"index|dsa|sparse|sparsity|window|top_?k|compress|shar(e|ing)|chunk|sink|kpool|swa_|(^|_)[cmn]sa(_|$)"
+    r"|local_(attn|attention|token)"
+)
+_UNKNOWN = "it may change which keys a query sees, and its meaning in this family is unknown"
+
+# Of those, names that say nothing of which keys a query sees, by what they are about: patterns of `fnmatch`.
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "a mixture of experts": (
+        "*_expert", "*_experts", "*_expert_*", "*_experts_*", "topk_group", "topk_groups", "topk_method",
+        "norm_topk_prob", "moe_topk", "moe_router_topk*", "use_grouped_topk", "decoder_sparse_step",
+    ),
+    "how a feed-forward network is computed": ("chunk_size_feed_forward",),
+    "sampling": ("top_k",),
+    "tokens that stand for images or sounds": ("*_token_index",),
+    "sliding_window, which is judged itself": ("max_window_layers", "use_sliding_window"),
+}  # fmt: skip
+# Parts of a config.json that describe no layer of the language model.
+_APART = (
+    "vision_config",
+    "audio_config",
+    "quantization_config",
+    "compression_config",
+    "id2label",
+    "label2id",
+)
+_DEEPEST = 20  # objects in objects; no real config has five
+
+# What `layer_types` may name in any family, and in one with an indexer.
+_LAYER_TYPES = {"full_attention", "linear_attention"}
+_INDEXED_TYPES = {*_LAYER_TYPES, "indexed_attention", "deepseek_sparse_attention"}
+# Numbers that lists are sized by.
+_COUNTS = (
+    "num_hidden_layers", "num_nextn_predict_layers", "layer_group_size", "index_topk_freq",
+    "index_skip_topk_offset",
+)  # fmt: skip
 
 # Keys of any family with one supported value.
 DEMANDS: Mapping[str, Any] = {"use_mla": True, "attention_method": "MLA"}
@@ -296,12 +340,53 @@ def find_family(name: str, values: Mapping[str, Any]) -> tuple[str | None, Famil
     return kind, FAMILIES[kind]
 
 
-def check_keys(name: str, family: Family, values: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` for keys that mean a different attention than this family's."""
-    for key, reason in CHANGES.items():
-        off = not values.get(key) or values.get(SWITCHES.get(key, "")) is False
-        if not off and key not in family.ignores and key not in family.demands:
-            raise ConfigError(f"config '{name}': {key} is set, so {reason}; that is not supported.")
+def _refused_keys(
+    values: Mapping[Any, Any], part: Mapping[str, Any], read: set[str], path: str = "", depth: int = 0
+) -> Iterator[tuple[str, str]]:
+    """Yield the path of each set key that no reader knows, and why it is refused; inner keys come first.
+
+    `read` are the keys that are known in `part`, the object of the language model, and nowhere else.
+    """
+    if depth > _DEEPEST:
+        yield path, f"it is nested deeper than {_DEEPEST} objects"
+    for key, value in values.items():
+        here = f"{path}.{key}" if path else str(key)
+        if key in _APART or not isinstance(value, (bool, int, float, str, list, tuple, Mapping)) or not value:
+            continue
+        inner = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(inner, Mapping):
+            yield from _refused_keys(inner, part, read, here, depth + 1)
+        known = values is part and key in read
+        if known or values.get(SWITCHES.get(key, "")) is False:
+            continue
+        harmless = any(fnmatchcase(str(key), pattern) for names in HARMLESS.values() for pattern in names)
+        if key in CHANGES or (_CHOOSES.search(str(key).lower()) and not harmless):
+            yield here, CHANGES.get(key, _UNKNOWN)
+
+
+def _check_counts(name: str, values: Mapping[str, Any]) -> None:
+    for key in _COUNTS:
+        if (value := values.get(key)) is not None and not (type(value) is int and 0 <= value < 1 << 16):
+            raise ConfigError(
+                f"config '{name}': {key} must be an integer of 0 to 65535, got {quoted(value)}."
+            )
+
+
+def check_keys(name: str, family: Family, whole: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for keys that mean a different attention than this family's, at any depth.
+
+    `whole` is the config.json. Keys that are not set, as null, false, 0 or an empty list, are ignored.
+    """
+    values = language_model(whole)
+    read = {*family.ignores, *family.demands, "sink_logits"}  # the last is a field of `MLAConfig`
+    for path, reason in _refused_keys(whole, values, read):
+        where = shortened(escaped(path))
+        raise ConfigError(f"config '{name}': {where} is set, so {reason}; that is not supported.")
+    _check_counts(name, values)
+    kinds = values.get("layer_types")
+    for kind in kinds if isinstance(kinds, list) else ():
+        if isinstance(kind, str) and kind not in (_INDEXED_TYPES if family.indexes else _LAYER_TYPES):
+            raise ConfigError(f"config '{name}': layer_types names {quoted(kind)}; that is not supported.")
     for key, only in {**DEMANDS, **family.demands}.items():
         value = values.get(key, only)
         alike = value.upper() == only.upper() if isinstance(value, str) and isinstance(only, str) else False

@@ -438,7 +438,7 @@ class MLAConfig:
             if key not in inner:
                 raise ConfigError(f"config '{name}' has no {key}, so it does not describe an MLA layer.")
         kind, family = find_family(name, inner)
-        check_keys(name, family, inner)
+        check_keys(name, family, values)
         config = _plain(cls, family, {**family.defaults, **inner}, model_type=kind, name=name)
         _check_agreement(config, inner)
         rope = read_rope(name, family, inner, (config.qk_nope_head_dim, config.qk_rope_head_dim))

@@ -16,7 +16,16 @@ from transformers_peer import needs_transformers
 
 from mla import MLAConfig
 from mla.config import LongRopeScaling, QueryScaling, YarnScaling
-from mla.config.families import ALIASES, CHANGES, FAMILIES, REFUSED, mla_layers
+from mla.config.families import (
+    ALIASES,
+    CHANGES,
+    FAMILIES,
+    REFUSED,
+    find_family,
+    language_model,
+    mla_layers,
+    of_whole,
+)
 from mla.config.presets import PRESETS
 from mla.errors import ConfigError
 
@@ -180,7 +189,7 @@ def test_layers_that_share_a_selection_are_found_as_transformers_finds_them() ->
             continue
         full = tuple(layer for layer, kind in enumerate(types) if kind == "full")
         assert MLAConfig.from_dict({**glm, **keys}).index_layers(11) == full, keys
-    with pytest.raises(ConfigError, match="index_topk_freq needs a whole number num_hidden_layers"):
+    with pytest.raises(ConfigError, match="index_topk_freq needs num_hidden_layers, and"):
         MLAConfig.from_dict({**V3, "model_type": "glm_moe_dsa", "index_topk_freq": 4})
 
 
@@ -300,6 +309,78 @@ def test_a_key_that_changes_attention_is_refused_where_it_is_set(key: str) -> No
         assert str(info.value) == f"config 'x': {key} is set, so {CHANGES[key]}; that is not supported."
 
 
+def objects(values: Any, path: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """The object itself and all in it, each with the path of its keys."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values)
+    found = [(path, values)] if isinstance(values, dict) else []
+    for key, value in inner:
+        if isinstance(value, (dict, list)):
+            found += objects(value, f"{path}{key}.")
+    return found
+
+
+# Names that no reader knows, each of another model's way to choose keys, and values that set them.
+CHOOSING = {
+    "index_window": 8, "dsa_layers": [1], "use_sparse_attn": True, "windowSize": 64, "attn_topk": 2,
+    "top_k_blocks": 9, "compress_ratios": [4, 128], "kv_share_every": 2, "cross_layer_sharing": True,
+    "attention_chunk_size": 8192, "sink_tokens": 4, "swa_heads": 3, "nsa": "on", "index_kpool": 16,
+    "dsa_config": {"layers": [1], "topk": {"k": 9}},
+}  # fmt: skip
+
+
+def is_read(config: dict[str, Any], place: dict[str, Any], key: str) -> bool:
+    """Whether this object is the language model's and its family's table has the key."""
+    family = find_family("x", of_whole(config, language_model(config)))[1]
+    return place is language_model(config) and key in {*family.ignores, *family.demands}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_key_that_chooses_what_queries_see_is_refused_by_its_path_at_every_depth(name: str) -> None:
+    """In every published config, and in one more object of it, in a list."""
+    count = len(objects(PUBLISHED[name]["config"]))
+    for key, value in {**CHOOSING, **dict.fromkeys(CHANGES, 128)}.items():
+        for number in range(count + 1):
+            config = json.loads(
+                json.dumps({**PUBLISHED[name]["config"], "name": "x", "more": [[0], {"a": 1}]})
+            )
+            path, place = objects(config)[number]
+            if key in place or path.startswith("vision_config"):
+                continue
+            place[key] = value
+            if is_read(config, place, key):
+                continue
+            with pytest.raises(ConfigError) as info:
+                MLAConfig.from_dict(config)
+            inner = ".topk" if key == "dsa_config" else ""
+            assert str(info.value).startswith(f"config 'x': {path}{key}{inner} is set, so "), info.value
+            place[key] = type(value)() if key in CHOOSING and "rope" not in path else None
+            MLAConfig.from_dict(config)
+
+
+def test_keys_that_choose_nothing_are_read_past() -> None:
+    """Experts, sampling, placeholders and what describes no layer of the language model."""
+    keys = {
+        "n_shared_experts": 1, "num_shared_experts": 1, "moe_shared_expert_intermediate_size": 512,
+        "topk_group": 4, "topk_method": "noaux_tc", "norm_topk_prob": True, "moe_topk": 12,
+        "share_expert_swiglu_limit_list": [1],
+        "top_k": 50, "chunk_size_feed_forward": 1, "image_token_index": 5, "max_window_layers": 28,
+        "vision_config": {"window_size": 8, "more": [{"index": 1}]}, "id2label": {"index": "label"},
+        "quantization_config": {"sparsity_config": {"format": "dense"}, "quant_method": "compressed-tensors"},
+    }  # fmt: skip
+    for key, value in keys.items():
+        for outer in (V3, {"text_config": V3}):
+            assert MLAConfig.from_dict({**outer, key: value}) == MLAConfig.from_dict(V3)
+        if "config" not in key and key != "id2label":
+            assert MLAConfig.from_dict({"text_config": {**V3, key: value}}) == MLAConfig.from_dict(V3)
+
+
+def test_a_config_that_holds_itself_is_refused() -> None:
+    config: dict[str, Any] = {**V3, "name": "x"}
+    config["a"] = [config]
+    with pytest.raises(ConfigError, match=r"is set, so it is nested deeper than 20 objects"):
+        MLAConfig.from_dict(config)
+
+
 LONGCAT = {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "attention_method": "mla"}
 HEADS = {"num_key_value_heads": 4, "head_dim": 576, "qk_head_dim": 192, "max_position_embeddings": 8}
 
@@ -325,6 +406,17 @@ def test_keys_that_change_nothing_in_a_family(kind: str, keys: dict[str, Any]) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"num_hidden_layers": 2**64}, "num_hidden_layers must be an integer of 0 to 65535, got 18446744"),
+        ({"index_topk_freq": "4"}, "index_topk_freq is set, so it may change which keys a query sees"),
+        (
+            {"model_type": "glm_moe_dsa", "index_topk_freq": 4.0},
+            "index_topk_freq must be an integer of 0 to 65535, got 4.0",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types names 'sliding_attention'"),
+        (
+            {"layer_types": ["indexed_attention"]},
+            "layer_types names 'indexed_attention'; that is not supported",
+        ),
         ({"use_mla": False}, "use_mla False is not supported; True is."),
         ({"attention_method": "LSA"}, "attention_method 'LSA' is not supported; 'MLA' is."),
         ({"model_type": "kimi_linear", "mla_use_nope": False}, "mla_use_nope False is not supported; True"),
@@ -361,13 +453,38 @@ def test_a_query_scale_of_zero_is_none() -> None:
     assert MLAConfig.from_dict({**V3, "model_type": "mistral4", "rope_scaling": rope}).query_scaling is None
 
 
-VALUES = st.sampled_from([None, True, False, 0, -1, 2, 2.5, 64, "64", "yarn", [], [1], {}, {"a": 1}, 10**400])
+VALUES = st.sampled_from(
+    [
+        None,
+        True,
+        False,
+        0,
+        -1,
+        2,
+        2.5,
+        64,
+        "64",
+        "yarn",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        [["F"]],
+        "FSS",
+        2**64,
+        10**400,
+    ]
+)
 KEYS = ("model_type", "architectures", "text_config", "num_key_value_heads", "qk_head_dim", "hidden_size")
 KEYS = (*KEYS, "q_lora_rank", "v_head_dim", "rms_norm_eps", "attention_bias", "rope_interleave", "use_mla")
 KEYS = (*KEYS, "attention_method", "kv_latent_scale", "partial_rotary_factor", *list(CHANGES)[:3])
+COUNTS = ("num_hidden_layers", "index_topk_freq", "index_skip_topk_offset", "index_topk_pattern")
+KEYS = (*KEYS, *COUNTS, "layer_group_size", "num_nextn_predict_layers", "layer_types", "linear_attn_config")
 
 
 @example(kind="longcat_flash", change={"hidden_size": 10**400}, rank=24)
+@example(kind="glm_moe_dsa", change={"num_hidden_layers": 2**64, "index_topk_freq": 4}, rank=24)
+@example(kind="glm_moe_dsa", change={"index_topk_pattern": 5}, rank=24)
 @example(kind="deepseek_v3", change={"architectures": {"a": 1}, "model_type": None}, rank=24)
 @settings(deadline=None, max_examples=400)
 @given(
