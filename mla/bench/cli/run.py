@@ -44,7 +44,7 @@ Examples:
   mla-bench --backend cpu --config deepseek-r1 --parallel tp=8,dcp=4 --simulate
   mla-bench --backend my_module:MyBackend --workload mine.toml --dry-run
   mla-bench compare before.json after.json --fail-slower 3%
-  mla-bench report before.json after.json --html report.html
+  mla-bench report before.json after.json -o report.html
   mla-bench export run.json --format csv -o run.csv
 
 \b

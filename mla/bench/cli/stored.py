@@ -205,7 +205,10 @@ def _infinimetrics(read: Files, target: Path | None) -> str:
     "runs", cls=Word, type=FILE, nargs=-1, required=True,
     help="Result files (-o); the others are compared with the first.",
 )  # fmt: skip
-@click.option("--html", "target", metavar="FILE", type=FILE, help="The page to write.")
+@click.option(
+    "-o", "--html", "target", metavar="FILE", type=FILE,
+    help="The page to write (default, without --pictures: the first result file's name with .html).",
+)  # fmt: skip
 @click.option(
     "--pictures", "folder", metavar="FOLDER", type=FILE,
     help="Write every chart as an SVG file of its own, for light and for dark backgrounds.",
@@ -219,13 +222,16 @@ def report(runs: tuple[Path, ...], target: Path | None, folder: Path | None) -> 
     pip install 'mla-bench[report]').
 
     \b
-      mla-bench report run.json --html report.html
+      mla-bench report run.json   # writes run.html
+      mla-bench report before.json after.json -o report.html
       mla-bench report before.json after.json --pictures pictures
 
     Exit code 0; 2 for a file that is not a result, a page that cannot be written, or missing libraries.
     """
     if target is None and folder is None:
-        raise click.UsageError("Missing option '--html' (a page) or '--pictures' (a folder of charts).")
+        if files.is_stream(runs[0]):
+            raise click.UsageError("Missing option '-o' (a page) or '--pictures' (a folder of charts).")
+        target = runs[0].parent / f"{runs[0].stem}.html"
     try:
         from mla.bench.report import page  # for which no other command is to wait
     except ImportError as error:

@@ -61,7 +61,15 @@ def test_an_unreadable_file_is_one_sentence_and_no_page(bench: Any) -> None:
 
 def test_usage(bench: Any) -> None:
     assert bench("report", "--html", "out.html").code == 2
-    assert "Missing option '--html'" in bench("report", "one.json").err
+    assert "Missing option '-o'" in bench("report", "/dev/null").err
+
+
+def test_a_page_without_a_name_is_called_as_the_first_file(bench: Any, files: list[str]) -> None:
+    assert bench("report", *files).code == bench("report", *files, "-o", "out.html").code == 0
+    assert Path("one.html").read_bytes() == Path("out.html").read_bytes()
+    Path("one.html").write_text("precious")
+    done = bench("report", *files)
+    assert (done.code, Path("one.html").read_text()) == (2, "precious")
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
