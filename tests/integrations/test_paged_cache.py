@@ -123,9 +123,10 @@ def test_a_model_of_other_numbers_does_not_write_to_it(model: Any, prompts: Prom
     assert (cache[CACHE].columns, latents.free_pages) == (0, latents.num_pages)
 
 
-def test_beams_are_refused(model: Any, prompts: Prompts) -> None:
+def test_it_keeps_the_order_of_its_requests(model: Any) -> None:
+    """For who searches beams without `generate`, which is refused before."""
     with pytest.raises(UnsupportedModel, match="use a stock cache for beams"):
-        generate(model, prompts, **paged(use_mla(model)), num_beams=3)
+        paged(use_mla(model))[CACHE].reorder_cache(torch.tensor([1, 0]))
 
 
 def test_a_hybrid_model_has_state_that_it_does_not_hold() -> None:

@@ -12,7 +12,7 @@ from tiny_models import CACHE, PLAIN, make_model
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 
-from mla.integrations.transformers import UnsupportedModel, use_mla
+from mla.integrations.transformers import PagedCache, UnsupportedModel, restore, use_mla
 from mla.integrations.transformers.model import PackedLinear
 from mla.layer.forward import AttentionCore
 from mla_backends import BackendError
@@ -214,11 +214,6 @@ def test_inputs_of_another_dtype_are_refused(model: Any) -> None:
         model.model.layers[0].self_attn.o_proj(torch.zeros(1, 64, dtype=torch.bfloat16))
 
 
-def attention_weights_of_a_generation(model: Any) -> None:
-    words = {"output_attentions": True, "return_dict_in_generate": True}
-    model.generate(torch.tensor([[3, 4]]), max_new_tokens=2, **words)
-
-
 def packed(model: Any) -> None:
     model(input_ids=torch.tensor([[3, 4, 5, 6]]), position_ids=torch.tensor([[0, 1, 0, 1]]), use_cache=False)
 
@@ -235,19 +230,21 @@ def dropped_tokens(model: Any) -> None:
     model(input_ids=torch.arange(3, 9)[None], **{CACHE: Forgetful(config=model.config)})
 
 
+def windows() -> dict[str, Any]:
+    return {CACHE: Cache(layers=[DynamicSlidingWindowLayer(sliding_window=8) for _ in range(2)])}
+
+
 def window(model: Any) -> None:
-    layers = [DynamicSlidingWindowLayer(sliding_window=4) for _ in range(2)]
-    model.generate(
-        torch.arange(3, 9)[None], max_new_tokens=9, eos_token_id=None, **{CACHE: Cache(layers=layers)}
-    )
+    cache = windows()
+    for _ in range(3):
+        model(input_ids=torch.arange(3, 8)[None], **cache)
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (attention_weights_of_a_generation, "computes no attention weights"),
         (dropped_tokens, "this cache returned 4 of 6 tokens"),
-        (window, "layer 0 of this cache keeps a window"),
+        (window, "keeps a window of tokens and has dropped some"),
         (packed, "serves plain causal attention only"),
     ],
 )
@@ -255,3 +252,55 @@ def test_steps_that_cannot_be_served(model: Any, run: Callable[[Any], None], mes
     use_mla(model)
     with torch.no_grad(), pytest.raises(UnsupportedModel, match=message):
         run(model)
+
+
+def in_bfloat16(model: Any, **words: Any) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        generate(model, **words)
+
+
+def generate(model: Any, **words: Any) -> None:
+    model.generate(torch.arange(3, 9)[None], max_new_tokens=6, eos_token_id=None, **words)
+
+
+def paged(model: Any, **words: Any) -> None:
+    generate(model, **words, **{CACHE: PagedCache(model, max_tokens=512)})
+
+
+WEIGHTS = {"output_attentions": True, "return_dict_in_generate": True}
+GENERATIONS: list[tuple[Callable[[Any], None], str]] = [
+    (lambda model: paged(model, num_beams=2), "use a stock cache for beams, or leave num_beams out"),
+    (lambda model: generate(model, **WEIGHTS), "leave output_attentions out"),
+    (lambda model: generate(model, **windows()), "window of 8 tokens, fewer .* needs all of them, as `Dyn"),
+    (lambda model: generate(model, use_mtp=True), "leave use_mtp out"),
+    (lambda model: model.generate_batch([[3, 4]]), r"`restore\(model\)` first, or batch with a PagedCache"),
+    (lambda model: generate(model, cache_implementation="paged"), "or batch with a PagedCache"),
+    (in_bfloat16, "leave autocast out"),
+    (lambda model: generate(model.train()), r"call `model.eval\(\)`"),
+    (lambda model: generate(model.set_attn_implementation("sdpa") or model), r"call `restore\(model\)`"),
+]
+IN_FP8: list[tuple[Callable[[Any], None], str]] = [
+    (lambda model: generate(model), "only a PagedCache holds fp8: make one of this model"),
+    (lambda model: generate(model, use_cache=False), "only a PagedCache holds fp8: make one of this model"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "run", "message"),
+    [
+        *(({}, *case) for case in GENERATIONS),
+        *(({"cache_format": "fp8"}, *case) for case in IN_FP8),
+    ],
+)
+def test_generations_refused_before_the_first_forward(
+    model: Any, words: dict[str, Any], run: Callable[[Any], None], message: str
+) -> None:
+    """Each with its way out; and a restored model has nothing to refuse them."""
+    before, forwards = dict(vars(model)), []
+    use_mla(model, **words)
+    hook = model.register_forward_pre_hook(lambda *arguments: forwards.append(1))
+    with pytest.raises(UnsupportedModel, match=message):
+        run(model)
+    hook.remove()
+    assert forwards == []
+    assert vars(restore(model.eval())).keys() == before.keys()

@@ -1,15 +1,16 @@
 """Admission: what our ops do not do is refused before anything is changed, or a cache is written.
 
-`survey` looks at a model before it is used, `Check` at every forward before its layers run, and
-`visible_keys` at the mask, which `transformers` asks for."""
+`survey` looks at a model before it is used, `Check` at what `generate` is asked for and at every forward
+before its layers run, and `visible_keys` at the mask, which `transformers` asks for."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import nn
@@ -34,6 +35,23 @@ NOT_NUMBERED = (
     "the requests of this forward have different lengths in the PagedCache: give position_ids "
     "[batch, tokens]."
 )
+NO_BEAMS = (
+    "a PagedCache keeps the order of its requests: use a stock cache for beams, or leave num_beams out."
+)
+NO_DRAFTS = (
+    "the draft layers of use_mtp are copies of this model's, and cannot run our ops: leave use_mtp out, or "
+    "`restore(model)` first."
+)
+NO_BATCHING = (
+    "`generate_batch` takes attention functions of `transformers` alone: `restore(model)` first, or batch "
+    "with a PagedCache, as examples/serve_loop.py does."
+)
+NOT_TRAINED = (
+    "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or `restore(model)` to "
+    "train."
+)
+NOT_ALL = "layer {} of this cache keeps a window of {}: `use_mla` needs all of them, as `DynamicCache` has."
+NO_FORMAT = "only a PagedCache holds {}: make one of this model, and pass `**cache.argument`."
 OWN_MASK = "`use_mla` takes no mask [batch, 1, queries, keys]: give attention_mask [batch, tokens], or none."
 
 
@@ -44,10 +62,7 @@ class UnsupportedModel(MLAError):
 def require_inference(*tensors: torch.Tensor, training: bool = False) -> None:
     """Raise `UnsupportedModel` where gradients are wanted: our ops have none."""
     if training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
-        raise UnsupportedModel(
-            "`use_mla` serves inference: call `model.eval()` and run under `torch.no_grad()`, or "
-            "`restore(model)` to train."
-        )
+        raise UnsupportedModel(NOT_TRAINED)
 
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -253,36 +268,72 @@ def _more_than_a_weight(linear: Any, may_have_bias: bool) -> str:
 # -------------------------------------------------------------------------------------------- check
 # `Check`: what our ops do not do is refused before a layer runs, so that no cache has been written yet.
 class Check:
-    """A forward pre-hook of the innermost model, which runs the layers."""
+    """A forward pre-hook of the innermost model, which runs the layers, and of `generate` by `watch`."""
 
     def __init__(self, surveyed: Survey) -> None:
         self._device = surveyed.device.type
         self._layers = surveyed.layers
         self._signature = inspect.signature(surveyed.models[-1].forward)
 
+    def watch(self, model: Any, inner: Any) -> None:
+        """Refuse what `generate` of a model around `inner` cannot do, before its first forward.
+
+        Neither is kept alive by the other. `leave_alone` undoes this.
+        """
+        kind, weak, around = type(model), weakref.ref(model), weakref.ref(inner)
+
+        def prepare(config: Any, given: dict[str, Any], *arguments: Any, **words: Any) -> Any:
+            for fault in chain(self._faults_of_generation(config, given), self._faults_of_state(around())):
+                raise UnsupportedModel(fault)
+            return getattr(kind, PREPARES)(weak(), config, given, *arguments, **words)
+
+        for name, instead in ((PREPARES, prepare), (BATCHES, _no_batching)):
+            if hasattr(model, name):
+                setattr(model, name, instead)
+
     @uncompiled
     def __call__(self, model: Any, arguments: tuple[Any, ...], words: dict[str, Any]) -> None:
         """Raise `UnsupportedModel` for a forward that cannot be served."""
         given = {**words, **self._signature.bind_partial(*arguments, **words).arguments}
-        for fault in self._faults(model, given):
+        for fault in chain(self._faults(model, given), self._faults_of_state(model)):
             raise UnsupportedModel(fault)
-        trains = any(layer.training for layer in self._layers)
-        if not trains and torch.is_grad_enabled():  # or no weight is asked, since that takes a while
-            trains = any(weight.requires_grad for weight in model.parameters())
-        require_inference(*_tensors(given.values()), training=trains)
+        require_inference(*_tensors(given.values()))
 
     def _faults(self, model: Any, given: dict[str, Any]) -> Iterator[str]:
         """Yield why a forward cannot be served, a sentence each."""
-        caches = [value for value in given.values() if isinstance(value, Cache)]
+        caches = _caches(given)
         inputs = [given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None]
         shape = inputs[0].shape[:2] if inputs else None
-        selected = model.config._attn_implementation
         if given.get("output_attentions", model.config.output_attentions):
             yield NO_WEIGHTS
         if not all(_is_of_this_step(x, shape, caches) for x in _tensors(given.values()) if x.ndim == 4):
             yield OWN_MASK
         if given.get("position_ids") is None and any(getattr(cache, "is_uneven", False) for cache in caches):
             yield NOT_NUMBERED
+        for index, kept in _layers_of(caches):
+            if getattr(kept, "is_sliding", False) and kept.get_mask_sizes(1)[1]:
+                yield NOT_ALL.format(index, "tokens and has dropped some")
+
+    def _faults_of_generation(self, config: Any, given: dict[str, Any]) -> Iterator[str]:
+        """Yield why `generate` cannot do what its `GenerationConfig` and keywords ask for."""
+        caches, core = _caches(given), self._layers[0].mla_attention.core
+        paged = any(getattr(cache, "is_paged", False) for cache in caches)
+        if config.output_attentions:
+            yield NO_WEIGHTS
+        if getattr(config, "use_mtp", False):
+            yield NO_DRAFTS
+        if paged and config.num_beams > 1:
+            yield NO_BEAMS
+        if not paged and (kept := core.cache_format or core.index_format):
+            yield NO_FORMAT.format(kept)
+        for index, kept in _layers_of(caches):
+            window = getattr(kept, "sliding_window", None) or getattr(kept, "max_cache_len", None)
+            if getattr(kept, "is_sliding", False) and window and window < config.max_length - 1:
+                yield NOT_ALL.format(index, f"{window} tokens, fewer than this generates")
+
+    def _faults_of_state(self, model: Any) -> Iterator[str]:
+        """Yield what is wrong whatever is run: modes, and what was changed since `use_mla`."""
+        selected = model.config._attn_implementation
         if torch.is_autocast_enabled(self._device):
             yield "`use_mla` computes in the dtype of the model's weights: leave autocast out."
         if selected != NAME:
@@ -292,13 +343,33 @@ class Check:
             )
         if not all(getattr(layer, "is_causal", True) for layer in self._layers):
             yield NOT_CAUSAL
-        held: Iterator[tuple[int, Any]] = chain(*(enumerate(cache.layers) for cache in caches))
-        for index, kept in held:
-            if getattr(kept, "is_sliding", False) and kept.get_mask_sizes(1)[1]:
-                yield (
-                    f"layer {index} of this cache keeps a window of tokens and has dropped some: `use_mla` "
-                    "needs all of them."
-                )
+        trains = any(layer.training for layer in self._layers)
+        if not trains and torch.is_grad_enabled():  # or no weight is asked, since that takes a while
+            trains = any(weight.requires_grad for weight in model.parameters())
+        if trains:
+            yield NOT_TRAINED
+
+
+# What `generate` calls with all that it was asked for before its first forward, and what starts batching.
+PREPARES, BATCHES = "_prepare_cache_for_generation", "init_continuous_batching"
+
+
+def leave_alone(model: Any) -> None:
+    """Undo `Check.watch`."""
+    for name in (PREPARES, BATCHES):
+        vars(model).pop(name, None)
+
+
+def _no_batching(*arguments: Any, **words: Any) -> NoReturn:
+    raise UnsupportedModel(NO_BATCHING)
+
+
+def _caches(given: dict[str, Any]) -> list[Cache]:
+    return [value for value in given.values() if isinstance(value, Cache)]
+
+
+def _layers_of(caches: list[Cache]) -> Iterator[tuple[int, Any]]:
+    return chain(*(enumerate(cache.layers) for cache in caches))
 
 
 def _is_of_this_step(mask: torch.Tensor, shape: torch.Size | None, caches: list[Cache]) -> bool:

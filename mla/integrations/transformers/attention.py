@@ -14,6 +14,7 @@ import torch
 from mla.cache.ragged_batch import RaggedBatch, host_ints
 from mla.config import MLAConfig
 from mla.integrations.transformers.admission import (
+    NO_FORMAT,
     NOT_PREPARED,
     OWN_MASK,
     UnsupportedModel,
@@ -129,7 +130,7 @@ class Attention:
         """Return [B, t, h, v]; 0 for queries that see no key. Only what an indexer `picked` is attended."""
         held: Any = getattr(latent, "paged", self._steps)  # of a `PagedCache`: latents are new ones alone
         if held is self._steps and (kept := self.core.cache_format or self.core.index_format):
-            raise UnsupportedModel(f"only a PagedCache holds {kept}: pass one to the model.")
+            raise UnsupportedModel(NO_FORMAT.format(kept))
         with self.core.scratch.turn:  # until the result has been copied
             step: Step = held.step(flags, query.shape[2])
             rows = query.transpose(1, 2)  # [B, t, h, n + r]

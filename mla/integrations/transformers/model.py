@@ -21,6 +21,7 @@ from mla.integrations.transformers.admission import (
     Survey,
     UnsupportedModel,
     find_attention,
+    leave_alone,
     require_inference,
     survey,
     uncompiled,
@@ -78,7 +79,10 @@ def use_mla(
         for served in surveyed.models:  # a guard comes first, as methods go through children in their order
             guard = Guard(torch.empty(0, dtype=surveyed.dtype, device=device))
             served._modules = {"mla_guard": guard, **served._modules}
-        inner.mla_check = inner.register_forward_pre_hook(Check(surveyed), with_kwargs=True)
+        check = Check(surveyed)
+        inner.mla_check = inner.register_forward_pre_hook(check, with_kwargs=True)
+        for served in surveyed.models:
+            check.watch(served, inner)
     except BaseException:
         restore(model)
         raise
@@ -138,6 +142,7 @@ def restore(model: Any) -> Any:
         if isinstance(indexer := getattr(layer, "indexer", None), nn.Module):
             vars(indexer).pop("forward", None)
     for part in parts:
+        leave_alone(part)
         if "mla_check" in vars(part):
             vars(part).pop("mla_check").remove()
         if "mla_before" in vars(part):

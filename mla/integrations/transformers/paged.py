@@ -15,7 +15,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from mla.cache import LatentCache
 from mla.cache.ragged_batch import RaggedBatch
-from mla.integrations.transformers.admission import UnsupportedModel, find_attention, uncompiled
+from mla.integrations.transformers.admission import NO_BEAMS, UnsupportedModel, find_attention, uncompiled
 from mla.integrations.transformers.attention import Step, left_padded, left_padding
 
 
@@ -129,6 +129,8 @@ class PagedCache(Cache):
     `latents.new_sequences`, says with `use` which ones the next forward is of, and releases them. A deep copy
     has pages of its own, and holds what the requests of the last forward hold. Raises `UnsupportedModel`.
     """
+
+    is_paged = True
 
     def __init__(self, model: Any, *, max_tokens: int, page_size: int = 64) -> None:
         layers = find_attention(model)
@@ -248,7 +250,7 @@ class PagedCache(Cache):
 
     def _refuse_to_rearrange(self, *arguments: Any) -> NoReturn:
         """Raise `UnsupportedModel`."""
-        raise UnsupportedModel("a PagedCache keeps the order of its requests: use a stock cache for beams.")
+        raise UnsupportedModel(NO_BEAMS)
 
     reorder_cache = batch_repeat_interleave = batch_select_indices = _refuse_to_rearrange  # type: ignore[assignment]
 
