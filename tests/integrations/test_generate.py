@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 from test_refusals import without_mla
 from tiny_models import VOCABULARY, make_model
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2ForCausalLM, DeepseekV2MLP
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+import stock_padding
 from serve_loop import Request, Server
 
 from mla.errors import CacheFull
@@ -277,3 +279,14 @@ def test_a_request_that_can_never_be_served_is_named(model: Any) -> None:
     with pytest.raises(ValueError, match="request 8 has no tokens"):
         list(server.run([Request(8, [], 3)]))
     assert [answer.number for answer in server.run([Request(9, [5], 3)])] == [9]
+
+
+@pytest.mark.parametrize("name", stock_padding.NAMES)
+def test_stock_sparse_models_depend_on_padding_and_ours_do_not(name: str) -> None:
+    """docs/transformers.md says so of the releases that CI installs."""
+    alone, behind = stock_padding.logits(model := stock_padding.make(name))
+    mended = f"transformers {transformers.__version__} is mended: docs/transformers.md and examples/ are not"
+    assert (behind - alone).abs().max() > 0.01, mended
+    use_mla(model)
+    for ours in stock_padding.logits(model):
+        torch.testing.assert_close(ours, alone, rtol=0, atol=2e-5)
