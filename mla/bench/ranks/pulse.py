@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
@@ -48,6 +49,7 @@ class Pulse:
         name = f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"
         self.beats = {rank: Beat(name)}  # the last of each that has joined
         self._quiet = [0.0] * world  # seconds since, as far as this process was running
+        self._heard = [time.monotonic()] * world  # when a rank last beat
         self.lost: RanksError | None = None  # why the run is over
         self.over, self._closed = Event(), Event()
         self._thread = Thread(target=self._run, name="pulse", daemon=True)
@@ -96,13 +98,14 @@ class Pulse:
                 pace = LOOK if len(self.beats) < self.world else BEAT
             self._beat(DONE)
         except RuntimeError:  # the store is gone, which rank 0 holds
-            self._closed.wait(BEAT)  # this rank may end as well as rank 0
+            self._closed.wait(WORD)  # rank 0 may have ended well, and this rank still be at its last steps
             self._lose(f"{self._names([0])} has ended or was killed: check the output there")
 
     def _beat(self, place: int) -> None:
         turn = self.beats[self.rank].turn + 1
         self.beats[self.rank] = self.beats[self.rank]._replace(turn=turn, place=place)
         self._store.set(f"beat/{self.rank}", msgspec.json.encode(self.beats[self.rank]))
+        self._heard[self.rank] = time.monotonic()
 
     def _look(self, pace: float) -> None:
         """Look who has joined, who beats, and whether the run ends."""
@@ -112,6 +115,7 @@ class Pulse:
                 beat = msgspec.json.decode(text, type=Beat)
                 silent = beat == self.beats.get(rank) and beat.place != DONE
                 self._quiet[rank] = self._quiet[rank] + pace if silent else 0.0
+                self._heard[rank] = self._heard[rank] if silent else time.monotonic()
                 self.beats[rank] = beat
         late = self.limit - 2 * BEAT  # others that went with the first may be a beat behind
         if verdict:
@@ -143,8 +147,10 @@ class Pulse:
             self.over.set()
 
     def _silent(self, ranks: Iterable[int]) -> str:
+        silent, now = [*ranks], time.monotonic()
+        seconds = listed([f"{now - self._heard[rank]:.0f}" for rank in silent])
         causes = "killed, perhaps for lack of memory, crashed or stopped, or the node is gone"
-        return f"{self._names(ranks)}: no heartbeat for {self.limit:.0f} s; {causes}"
+        return f"{self._names(silent)}: no heartbeat for {seconds} s; {causes}"
 
     def _names(self, ranks: Iterable[int]) -> str:
         return listed([self.beats[rank].name if rank in self.beats else f"rank {rank}" for rank in ranks])
