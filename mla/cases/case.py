@@ -117,7 +117,7 @@ class OpCase:
     def sizes(self) -> dict[str, int]:
         """Letter of a shape -> size."""
         counts = {"T": self.rows, "B": len(self.kv_lens), "K": sum(self.kv_lens)}
-        counts["L"] = max(1, *self.kv_lens)
+        counts["L"] = max([1, *self.kv_lens])
         return counts | {letter: getattr(self.spec, name) for letter, name in self.entry.letters.items()}
 
     @property

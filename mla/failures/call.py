@@ -119,6 +119,10 @@ class RecordedCall:
         given = self.entry.given(self._arguments(self.operands, CPU), self.case.lengths)
         return self.entry.truth(self.case.spec, given, self.case.lengths)
 
+    def expect(self) -> None:
+        """Compute what the call is judged by, which else `judge` does."""
+        assert self._errors is not None
+
     @cached_property
     def _errors(self) -> Tensors:
         """The errors of the reference, by which those of an op are judged."""

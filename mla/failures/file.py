@@ -14,11 +14,13 @@ from mla.cases.memory import Tensors
 from mla.command import files
 from mla.errors import MLAError, OutOfMemory, ResultError, UnknownOp, did_you_mean
 from mla.failures.call import MAX_CALL_BYTES, CallFacts, JudgedCall, RecordedCall
+from mla.failures.check import check
 from mla.layer.ops import refusals, sentences
 from mla.reference import REFERENCE
 from mla.text import size
 from mla_backends import host, outside
 from mla_backends.api import Backend, FusedOp, current
+from mla_backends.errors import LONGEST_LINE, describe
 
 NAME = "failure.safetensors"
 BEFORE = "failure-before.safetensors"
@@ -131,12 +133,17 @@ def read(folder: Path) -> Failure:
                 wrong = f"its version is {version}, and this program reads version {VERSION}"
                 raise ValueError(f"{wrong}: run the command that kept it again")
             document = msgspec.json.decode(words, type=Document)
-            return Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
+            kept = Failure(document, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  # no mapping
+        if document.call is not None:
+            check(kept.call())
+        return kept
     except FileNotFoundError as error:
         raise ResultError(f"'{folder}' holds no {NAME}: --dump-failure of a run writes one.") from error
-    except (OSError, ValueError, msgspec.MsgspecError, safetensors.SafetensorError) as error:
+    except Exception as error:  # whatever damaged facts raise
         said = error.strerror if isinstance(error, OSError) else None
-        reason = " ".join(str(said or error).split()).rstrip(".")
+        known = isinstance(error, (OSError, ValueError, msgspec.MsgspecError, safetensors.SafetensorError))
+        reason = " ".join((said or (str(error) if known else describe(error))).split()).rstrip(".")
+        reason = outside.shortened(reason, LONGEST_LINE)
         raise ResultError(f"'{path}' is not a failure that --dump-failure kept: {reason}.") from error
 
 
@@ -152,8 +159,8 @@ class CannotReplay(MLAError):
 def replay(failure: Failure, backend: Backend, name: str | None = None, runs: int = 1) -> list[str]:
     """Make the call `runs` times with the op `name` (default: the one that failed).
 
-    Returns why each was wrong, "" for one that was right. Raises `CannotReplay`, `UnknownOp` and
-    `OutOfMemory`.
+    Returns why each was wrong, "" for one that was right. Raises `CannotReplay`, `UnknownOp`, `OutOfMemory`
+    and `ResultError`.
     """
     call, device = failure.call(), backend.device
     assert device is not None
@@ -162,6 +169,11 @@ def replay(failure: Failure, backend: Backend, name: str | None = None, runs: in
     if reasons := _refusals(call, name, op, call.spec(device)):
         raise CannotReplay(f"the op refuses this call: {'; '.join(reasons)}.")
     _require_memory(call, backend)
+    try:
+        call.expect()
+    except Exception as error:
+        said = outside.shortened(describe(error), LONGEST_LINE)
+        raise ResultError(f"the kept call cannot be judged: {said}.") from error
     return [call.attempt(op, device, backend.synchronize).reason for _ in range(runs)]
 
 

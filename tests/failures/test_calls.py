@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +11,11 @@ import msgspec
 import pytest
 import torch
 from faulty_backend import FaultyOp
+from kept_calls import EVERY_KIND, watched_call
 from safetensors.torch import save_file
 from wrong_ops.base import mutant
 
 from mla import MLA, LatentCache, MLAConfig
-from mla.cache.formats import codec_of, index_codec
-from mla.cases import KINDS as ENTRIES
-from mla.cases.case import OpCase
-from mla.cases.memory import Layout
-from mla.cases.played import Laid
-from mla.cases.stress import Stress
 from mla.errors import OutOfMemory, ResultError, UnknownOp
 from mla.failures import call as calls
 from mla.failures import file
@@ -101,30 +95,9 @@ def test_the_wrong_op_of_a_forward_is_found_and_kept(
     assert replay(kept, backend, "reference", runs=2) == ["", ""]
 
 
-def stored(spec: Any, name: str) -> Any:
-    """Return the spec over a cache of this format; itself if "" is named."""
-    if not name:
-        return spec
-    if hasattr(spec, "index_format"):
-        codec: Any = index_codec(name, spec.head_dim)
-        return dataclasses.replace(spec, index_format=name, token_bytes=codec.token_bytes)
-    codec = codec_of(name, spec.kv_lora_rank, spec.qk_rope_head_dim)
-    return dataclasses.replace(spec, cache_format=name, token_bytes=codec.token_bytes)
-
-
-EVERY_KIND = [(kind, name) for kind, entry in ENTRIES.items() for name in ("", *["fp8"] * bool(entry.stored))]
-
-
 @pytest.mark.parametrize(("kind", "cache_format"), EVERY_KIND)
 def test_a_call_of_every_kind_is_kept_and_replayed(kind: str, cache_format: str, tmp_path: Path) -> None:
-    usual = {**ENTRIES[kind].usual, "dtype": torch.bfloat16, "device": CPU}
-    spec = stored(ENTRIES[kind].spec(**usual), cache_format)
-    case = OpCase(kind, spec, (1, 3), (70, 5), stress=Stress(), layout=Layout(16))
-    watcher = Watcher(lambda: None)
-    watcher.lengths = case.query_lens, case.kv_lens
-    assert Laid(case, Watched(kind, "mine", REFERENCE[kind], watcher, spec)).call() == ""
-    assert watcher.last is not None
-    file.write_call(tmp_path, watcher.last, ORIGIN)
+    file.write_call(tmp_path, watched_call(kind, cache_format), ORIGIN)
     assert replay(file.read(tmp_path), HostBackend(), "reference") == [""]
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import safetensors.torch
+import torch
 from ceiling_cases import ceiling_run
 from checkpoint_tensors import values_of
 from damage import Data, assert_sentence, attempt, damaged, damaged_bytes, damaged_json, few
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from kept_calls import EVERY_KIND, watched_call
 
 from mla import MLAConfig
 from mla.bench import results
@@ -21,8 +26,11 @@ from mla.bench.cli.main import main
 from mla.bench.results.schema import CeilingRun
 from mla.bench.workload.grid import points_of
 from mla.bench.workload.workload_file import read_workload
+from mla.cases import KINDS
 from mla.conformance.selection import Xfails
+from mla.failures.file import KEY, NAME, Origin, read, replay, write_call
 from mla.layer.rope import inverse_frequencies
+from mla_backends.testing import HostBackend
 from mla_backends.triton_ops.tuning import Tile, Tuning, read_tuning, tile_for, write_tuning
 
 __all__ = ["ceiling_run"]
@@ -135,6 +143,57 @@ def test_expected_failures(data: bytes) -> None:
     Path("x.txt").write_bytes(data)
     xfails = attempt(lambda: Xfails.read(Path("x.txt")))
     assert xfails is None or all(map(str.strip, xfails.entries.values()))
+
+
+@functools.cache
+def kept(kind: str, cache_format: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Return the document and the tensors of a call that was kept."""
+    small = {"num_heads": 2} if "num_heads" in KINDS[kind].usual else {}
+    origin = Origin(backend="host", options=[], device="cpu", command="again", where="here", reason="wrong")
+    write_call(Path(), watched_call(kind, cache_format, **small), origin)
+    with safetensors.safe_open(NAME, framework="pt") as file:
+        document = json.loads(file.metadata()[KEY])
+    return document, safetensors.torch.load(Path(NAME).read_bytes())
+
+
+def spoilt(draw: Callable[..., Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Replace one tensor by one of another shape, dtype or content."""
+    name = draw(st.sampled_from(sorted(tensors)))
+    held = tensors[name]
+    kinds = ("drop", "narrow", "flat", "empty", "dtype", "low", "high")
+    kind = draw(st.sampled_from(kinds))
+    most = 2**30 if held.dtype in (torch.int32, torch.int64) else 1
+    changed = {
+        "narrow": lambda: held.narrow(-1, 0, max(1, held.shape[-1] - 1)),
+        "flat": held.flatten,
+        "empty": lambda: held[:0],
+        "dtype": lambda: held.to(draw(st.sampled_from((torch.int32, torch.int64, torch.float32)))),
+        "low": lambda: held - most,
+        "high": lambda: held + most,
+    }
+    tensors.pop(name)
+    if kind != "drop":
+        tensors[name] = changed[kind]().contiguous()
+
+
+@settings(FUZZ, max_examples=4 * FUZZ.max_examples)
+@given(st.sampled_from(EVERY_KIND), st.data())
+def test_kept_failures(kind: tuple[str, str], data: st.DataObject) -> None:
+    """A replay of one is a verdict or a sentence, and takes no more memory than its tensors bear."""
+    document, tensors = kept(*kind)
+    if data.draw(st.booleans()):
+        document = {**document, "call": data.draw(damaged(document["call"]))}
+    else:
+        spoilt(data.draw, tensors := dict(tensors))
+    words = {KEY: json.dumps(document, ensure_ascii=True)}
+    Path(NAME).write_bytes(safetensors.torch.save(tensors, words))
+    if data.draw(st.integers(0, 3)) == 0:
+        Path(NAME).write_bytes(data.draw(damaged_bytes(Path(NAME).read_bytes())))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mla_backends.host.memory_available", lambda: 64 << 20)
+        failure = attempt(lambda: read(Path()))
+        if failure is not None and failure.document.call is not None:
+            attempt(lambda: replay(failure, HostBackend(), "reference"))
 
 
 # ---------------------------------------------------------------------------------------------- results

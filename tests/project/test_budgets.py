@@ -12,7 +12,7 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 60
 KERNELS = "backends/mla_backends/triton_ops/jit"  # one function each: calls slow the interpreter
 # Lines of Python, as `wc -l` counts them. Lower a number when its part shrinks. Raise one only with a reason
 # in the commit body.
-PRODUCT, TESTS, BENCHMARKS = 43_498, 59_150, 6_992
+PRODUCT, TESTS, BENCHMARKS = 43_562, 59_222, 6_992
 
 
 def sources(*tops: str) -> list[Path]:
